@@ -1,0 +1,48 @@
+# Everything runs in the project's own .venv, made on first use from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export MPLBACKEND := Agg
+
+.PHONY: help demo test lint format bench bench-exactness wheel clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: Python 3.11 or newer is needed, and '$(PYTHON)' is not: install it, or name one with make PYTHON=python3.12." >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: Python's venv module is missing: install it (Debian and Ubuntu: apt install python3-venv)." >&2; exit 2; }
+	@echo "installing into $(VENV) (once; about 1.5 GB)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## Collect, train, plan, evaluate, report: the main job in one go
+	@$(BIN)/offline-cai demo
+
+test: $(READY)  ## The whole test suite
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(READY)  ## Format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: bench-exactness  ## All benchmarks
+
+bench-exactness: $(READY)  ## Exactness and cost of the inference core
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_exactness.py
+
+wheel: $(READY)  ## Build dist/*.whl
+	@rm -rf dist build
+	@$(BIN)/python -m build --wheel --outdir dist .
+
+clean:  ## Remove the environment and what was built
+	rm -rf $(VENV) build dist *.egg-info

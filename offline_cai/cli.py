@@ -1,0 +1,266 @@
+"""The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from offline_cai import __version__
+from offline_cai.errors import Interrupted, UserError
+
+_INTRO = """\
+Offline reinforcement learning and trajectory-diffusion planning as probabilistic inference.
+
+The main job, step by step; each command works on the output of the one before:
+
+  offline-cai collect pointmaze-umaze             a Minari dataset from a simulator
+  offline-cai train diffuser-pointmaze-umaze      a run's folder, runs/NAME/DATE-TIME
+  offline-cai plan RUN                            plans for new starts and goals, and a picture
+  offline-cai evaluate RUN                        scores in the simulator, beside references
+  offline-cai report RUN                          one HTML page about the run
+
+or all of it at once: offline-cai demo
+"""
+
+_FLAGS = """\
+A field of the file is set by a flag of its name, nested ones with dots: {example}.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 after a user's mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    try:
+        flags = _flags(rest, args.flags)
+        _use_threads(args.threads)
+        args.run(args, flags)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("interrupted: nothing that was complete is lost.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _flags(rest: Sequence[str], allowed: bool) -> dict[str, str]:
+    """["--a.b", "1", "--c=2"] to {"a.b": "1", "c": "2"}."""
+    flags, queue = {}, list(rest)
+    while queue:
+        name, equals, value = queue.pop(0).partition("=")
+        if not name.startswith("--") or not allowed:
+            raise UserError(f"{name!r} is not understood here; see --help.")
+        if not equals and not queue:
+            raise UserError(f"{name} needs a value.")
+        flags[name[2:]] = value if equals else queue.pop(0)
+    return flags
+
+
+def _use_threads(threads: int) -> None:
+    """OpenMP reads its number of threads when torch is imported, which happens after this."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("--quiet", action="store_true", help="no progress bars")
+    common.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads for tensors (default: 1; more pays off for large networks only)",
+    )
+    parser = argparse.ArgumentParser("offline-cai", description=_INTRO, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[..., None], text: str, example: str = "") -> argparse.ArgumentParser:
+        description = textwrap.dedent(text) + (_FLAGS.format(example=example) if example else "")
+        formatter = argparse.RawDescriptionHelpFormatter
+        first = textwrap.dedent(text).split("\n")[0]
+        command = commands.add_parser(
+            name,
+            help=first,
+            description=description,
+            parents=[common],
+            formatter_class=formatter,
+            add_help=name != "train",
+        )
+        command.set_defaults(run=run, flags=bool(example))
+        return command
+
+    collect = add(
+        "collect",
+        _collect,
+        """\
+        Collect a dataset in a simulator and write it with Minari.
+
+        RECIPE is a file, or a name in datasets/. The dataset goes to MINARI_DATASETS_PATH (~/.minari/datasets), where
+        `minari show ID` and `minari.load_dataset(ID)` find it. An existing dataset is not overwritten.
+        """,
+        "--steps 50000 --id me/pointmaze/small-v0",
+    )
+    collect.add_argument("recipe", metavar="RECIPE")
+
+    train = add(
+        "train",
+        _train,
+        """\
+        Train an algorithm on a dataset.
+
+        CONFIG is a file, or a name in configs/. The run's folder gets config.yaml, metrics.jsonl, TensorBoard's files
+        and checkpoints. Ctrl-C keeps a checkpoint and says how to resume. `train CONFIG --help` lists CONFIG's fields.
+        """,
+        "--training.steps 500 --model.stride 4",
+    )
+    train.add_argument("config", metavar="CONFIG", nargs="?")
+    train.add_argument("-h", "--help", action="store_true", help="show this help, or the fields of CONFIG")
+    train.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME/DATE-TIME)")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on from the last checkpoint of a run")
+    train.set_defaults(parser=train)
+
+    plan = add(
+        "plan",
+        _plan,
+        """\
+        Sample plans for new starts and goals, and draw them.
+
+        RUN is a run's folder or one of its checkpoints. Starts and goals are drawn as the dataset's environment draws
+        them. Writes plans.npz, plans.png, denoising.gif and plans.json.
+        """,
+    )
+    plan.add_argument("folder", metavar="RUN", type=Path)
+    plan.add_argument("--count", type=int, default=16, help="number of plans (default: 16)")
+    plan.add_argument("--seed", type=int, default=1, help="seed of starts, goals and noise (default: 1)")
+    _writes(plan, "RUN/plans")
+
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        """\
+        Evaluate a run in the simulator, beside references on the same starts.
+
+        RUN is a run's folder or one of its checkpoints. The protocol (environment, episodes, seeds, references) is a
+        recipe in eval/; the config names one. Writes results.json (scores per episode, statistics,
+        versions) and paths.npz.
+        """,
+        "--episodes 50 --seed 7 --references []",
+    )
+    evaluate.add_argument("folder", metavar="RUN", type=Path)
+    evaluate.add_argument("--protocol", help="a file, or a name in eval/ (default: what the config names)")
+    evaluate.add_argument("--json", action="store_true", help="print the results as one JSON object")
+    _writes(evaluate, "RUN/evaluation")
+
+    report = add(
+        "report",
+        _report,
+        """\
+        Write one self-contained HTML page about a run: RUN/report.html.
+
+        It shows what the run's folder holds: scores, plans, learning curves, times, configuration and versions.
+        """,
+    )
+    report.add_argument("folder", metavar="RUN", type=Path)
+    report.add_argument("--overwrite", action="store_true", help="replace an existing report")
+
+    demo = add(
+        "demo",
+        _demo,
+        """\
+        The main job from start to end: collect, train, plan, evaluate, report.
+
+        CONFIG is a file, or a name in configs/ whose dataset a recipe in datasets/ collects. The default takes about
+        five minutes on two CPU cores; `demo debug-diffuser` takes seconds, and its score means nothing.
+        """,
+        "--training.steps 1000",
+    )
+    demo.add_argument("config", metavar="CONFIG", nargs="?", default="diffuser-pointmaze-umaze")
+    demo.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME/DATE-TIME)")
+    return parser
+
+
+def _writes(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--output", type=Path, help=f"folder to write (default: {default})")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def _collect(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    from offline_cai import collect
+
+    recipe = collect.load(args.recipe, flags)
+    folder = collect.collect(recipe, args.quiet)
+    print(f"dataset: {recipe.id} in {folder}\nlook at it: minari show {recipe.id}")
+
+
+def _train(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    if args.help and args.config is None:
+        args.parser.print_help()
+        return
+    from offline_cai import commands
+    from offline_cai.training import experiment
+
+    if args.resume is not None and (args.config is not None or args.output is not None):
+        raise UserError("--resume RUN takes config and output folder from the run; leave CONFIG and --output out.")
+    if args.resume is None and args.config is None:
+        raise UserError("name a CONFIG to train (a file, or a name in configs/), or --resume RUN.")
+    exp = commands.resumed(args.resume, flags) if args.resume else experiment.load(args.config, flags)
+    if args.help:
+        _print_fields(args.config, exp)
+        return
+    run = commands.train(exp, args.resume or args.output, args.resume is not None, args.quiet)
+    print(f"run: {run}\nnext: offline-cai evaluate {run}")
+
+
+def _print_fields(name: str, exp: Any) -> None:
+    from offline_cai import config
+
+    print(
+        f"usage: offline-cai train {name} [--FIELD VALUE ...]\n\nFields of {name}, their values, and what they mean:\n"
+    )
+    for flag, value, text in config.describe(exp):
+        print(f"  --{flag} {json.dumps(value)}\n      {text}")
+
+
+def _plan(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    from offline_cai import commands
+
+    facts = commands.plan(args.folder, args.count, args.seed, args.output, args.overwrite)
+    for name, value in facts.items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    print(f"pictures: {args.output or args.folder / 'plans'}")
+
+
+def _evaluate(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    from offline_cai import commands, report
+
+    data = commands.evaluate(args.folder, args.protocol, flags, args.output, args.overwrite, args.quiet or args.json)
+    if args.json:
+        print(json.dumps(data))
+        return
+    for name, r in data["results"].items():
+        print(f"{name:26} {r['mean']:7.1f} ± {r['se']:.1f}   IQM {r['iqm']:.1f} [{r['low']:.1f}, {r['high']:.1f}]")
+    print(f"{report.score_line(data)}\nnext: offline-cai report {args.folder}")
+
+
+def _report(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    from offline_cai import report
+
+    print(f"report: {report.write(args.folder, args.overwrite).resolve()}")
+
+
+def _demo(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    from offline_cai import commands
+
+    commands.demo(args.config, flags, args.output, args.quiet)

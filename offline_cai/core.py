@@ -1,0 +1,228 @@
+"""The types that everything is made of, on one page.
+
+Shapes: N environments or plans, B windows of a batch, H blocks of a window, k time steps of a block (the stride), R
+rows of a plan, O and A the widths of an observation and an action, D the width of a row in a model's own space.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from offline_cai.errors import UserError, did_you_mean
+
+
+class Field(NamedTuple):
+    """One named part of an observation."""
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Box:
+    """Raw bounds of a continuous action, one number per component, in the environment's units."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for i, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            if not -np.inf < low < high < np.inf:
+                raise UserError(
+                    f"action component {i} has bounds [{low}, {high}], but actors work in [-1, 1] and need finite "
+                    "bounds with low < high. Rescale the environment's action space (gymnasium.wrappers.RescaleAction)."
+                )
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a dataset, an environment and an export agree on. `dt` is in seconds per step, None if time has no unit."""
+
+    obs: tuple[Field, ...]
+    action: Box
+    dt: float | None = None
+
+    @property
+    def obs_width(self) -> int:
+        return sum(part.width for part in self.obs)
+
+    @property
+    def action_width(self) -> int:
+        return len(self.action.low)
+
+    def columns(self, *names: str) -> list[int]:
+        """The columns of the named fields in a flat observation, in the order of the names.
+
+        Raises:
+            UserError: there is no field of that name.
+        """
+        starts, start = {}, 0
+        for part in self.obs:
+            starts[part.name] = range(start, start + part.width)
+            start += part.width
+        for name in names:
+            if name not in starts:
+                raise UserError(f"the observation has no field {name!r}; {did_you_mean(name, starts)}")
+        return [column for name in names for column in starts[name]]
+
+    def to_unit(self, action: Tensor) -> Tensor:
+        """Raw actions [..., A] to [-1, 1]."""
+        low, high = (action.new_tensor(bound) for bound in (self.action.low, self.action.high))
+        return (action - low) / (high - low) * 2 - 1
+
+    def to_raw(self, action: Tensor) -> Tensor:
+        """Actions [..., A] in [-1, 1] to raw ones; what lies outside is clipped."""
+        low, high = (action.new_tensor(bound) for bound in (self.action.low, self.action.high))
+        return (action.clamp(-1, 1) + 1) / 2 * (high - low) + low
+
+    def to_json(self) -> dict[str, Any]:
+        return {"obs": [list(part) for part in self.obs], "action": asdict(self.action), "dt": self.dt}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        obs = tuple(Field(str(name), int(width)) for name, width in data["obs"])
+        return cls(obs, Box(tuple(data["action"]["low"]), tuple(data["action"]["high"])), data["dt"])
+
+
+class Episode(NamedTuple):
+    """One episode of T steps in raw units. `terminal`: a true end; False: cut by a time limit, bootstrap goes on."""
+
+    obs: np.ndarray  # [T+1, O]
+    action: np.ndarray  # [T, A]
+    reward: np.ndarray  # [T]
+    terminal: bool
+    log_prob: np.ndarray | None = None  # [T], of the policy that acted, in [-1, 1] action space
+
+
+class Transition(NamedTuple):
+    """One step of each window: what actor-critics use."""
+
+    obs: Tensor  # [B, O]
+    action: Tensor  # [B, k, A]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, O]
+    terminal: Tensor  # [B] bool
+
+
+class Batch(NamedTuple):
+    """B windows of H blocks of k steps, in raw units. Row j is time t + j*k of its episode."""
+
+    obs: Tensor  # [B, H+1, O]   the next state is always there
+    action: Tensor  # [B, H, k, A]
+    reward: Tensor  # [B, H]        discounted sum over the block: bootstrap with discount**k
+    terminal: Tensor  # [B, H] bool   the block ends in a true end
+    valid: Tensor  # [B, H] bool   False where the block is cut off by the end of its episode without a true end
+    returns: Tensor  # [B, H]        discounted return-to-go
+    log_prob: Tensor | None  # [B, H, k]
+    key: Tensor  # [B] int64     the sample's random key: its noise is seeding.normal(key, ...)
+
+    @property
+    def transition(self) -> Transition:
+        return Transition(self.obs[:, 0], self.action[:, 0], self.reward[:, 0], self.obs[:, 1], self.terminal[:, 0])
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = (None if x is None else x.to(device, non_blocking=True) for x in self)
+        return Batch(*moved)  # type: ignore[arg-type]
+
+
+class Known(NamedTuple):
+    """Hard conditions on rows in a model's space: where `mask` is True the row equals `value`. Not evidence."""
+
+    value: Tensor  # [N, R, D]
+    mask: Tensor  # [N, R, D] bool
+
+    def impose(self, x: Tensor) -> Tensor:
+        return torch.where(self.mask, self.value, x)
+
+
+class Denoiser(Protocol):
+    """D(x_k, k) -> x_0 in the codec's space; what the network below it predicts is its own affair."""
+
+    def __call__(self, x: Tensor, k: Tensor) -> Tensor: ...  # [N, R, D], [N] int64 -> [N, R, D]
+
+
+class Plan(NamedTuple):
+    """Planned rows in raw units, one row every `stride` steps, from the state they were asked for."""
+
+    obs: Tensor  # [N, R, O'] the fields that the codec selects
+    action: Tensor | None  # [N, R, k, A]
+    stride: int
+
+
+class Policy(Protocol):
+    """What the evaluator and the collector run on N vectorised environments."""
+
+    def reset(self, done: np.ndarray | None = None) -> None:
+        """Forget what was cached for the environments [N] bool that begin a new episode; None: for all."""
+        ...
+
+    def act(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Raw actions [N, A] for observations [N, O], and their log-probabilities [N] in [-1, 1] space if known."""
+        ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of the loop: windows of `horizon` blocks of `stride` steps, and how it is trained.
+
+    `groups` names the parameter groups by phase: each value holds prefixes of parameter names, and "" is all of them.
+    `padding` says whether a window may run past the end of its episode.
+    """
+
+    horizon: int = 1
+    stride: int = 1
+    discount: float = 0.99
+    padding: bool = True
+    source: Literal["offline"] = "offline"
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"all": ("",)})
+
+
+class Step(Protocol):
+    """One optimiser step on the parameters of a phase: backward, reduction, clipping and precision are its business."""
+
+    def __call__(self, batch: Batch, phase: str = "all") -> dict[str, Tensor]: ...
+
+
+class Algorithm(nn.Module, ABC):
+    """What the shared loop trains: one module, whose file holds its config, losses, update and policy."""
+
+    Config: ClassVar[type]
+
+    def __init__(self, spec: Spec, config: Any) -> None:
+        super().__init__()
+        self.spec, self.config = spec, config
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs: ...
+
+    @abstractmethod
+    def fit(self, obs: np.ndarray, action: np.ndarray) -> None:
+        """Set what comes from data before training (normalisers), from all rows obs [M, O] and actions [M', A]."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, phase: str = "all") -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a phase and metrics: a function of parameters and batch; its noise comes from `batch.key`."""
+
+    def update(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """One iteration. Override for phases in order, targets, duals, epochs or a line search."""
+        return step(batch)
+
+    @abstractmethod
+    def policy(self, seed: int = 0, **options: Any) -> Policy: ...
+
+
+class Source(Protocol):
+    """Where batches come from. The batch of step k is a function of (seed, k) and of what the state says."""
+
+    def __call__(self, step: int) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...

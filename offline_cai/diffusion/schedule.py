@@ -1,0 +1,40 @@
+"""Noise schedules: diffusers' betas, and the few coefficients that training and sampling read off them."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+ScheduleKind = Literal["cosine", "linear"]
+_DIFFUSERS = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
+
+
+class Schedule(nn.Module):
+    """x_k = sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps for levels k = 0 (least noise) to T - 1.
+
+    `cosine` is Nichol and Dhariwal (2021), `linear` Ho et al. (2020); both as in diffusers' DDPMScheduler.
+    """
+
+    abar: Tensor  # [T]
+
+    def __init__(self, levels: int, kind: ScheduleKind = "cosine") -> None:
+        super().__init__()
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        self.levels = levels
+        scheduler = DDPMScheduler(num_train_timesteps=levels, beta_schedule=_DIFFUSERS[kind])
+        self.register_buffer("abar", scheduler.alphas_cumprod.clone(), persistent=False)
+
+    def abar_at(self, k: Tensor) -> Tensor:
+        """abar [N, 1, 1] at levels k [N]; level -1 is clean data, abar 1."""
+        return torch.where(k < 0, torch.ones_like(self.abar[0]), self.abar[k.clamp(min=0)])[:, None, None]
+
+    def add_noise(self, x: Tensor, noise: Tensor, k: Tensor) -> Tensor:
+        """x_k from x_0 [N, R, D], standard normal noise [N, R, D] and levels [N]."""
+        abar = self.abar_at(k)
+        return abar.sqrt() * x + (1 - abar).sqrt() * noise
+
+    def clean_from_noise(self, x: Tensor, noise: Tensor, k: Tensor) -> Tensor:
+        """The x_0 that x_k [N, R, D] came from if its noise was `noise`."""
+        abar = self.abar_at(k)
+        return (x - (1 - abar).sqrt() * noise) / abar.sqrt()

@@ -1,0 +1,65 @@
+"""Gymnasium environments, alone and vectorised."""
+
+import io
+import os
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from offline_cai.core import Spec
+from offline_cai.environments.maze2d import Maze2DProtocol
+from offline_cai.errors import UserError, did_you_mean
+from offline_cai.spaces import spec_of
+
+WRAPPERS: Mapping[str, Callable[..., gym.Env]] = {"maze2d": Maze2DProtocol}
+
+
+def register() -> None:
+    """Make the ids of gymnasium-robotics known to Gymnasium; its import prints a notice about other tasks' versions."""
+    with redirect_stderr(io.StringIO()):
+        import gymnasium_robotics
+    gym.register_envs(gymnasium_robotics)
+
+
+def make(
+    environment: str, kwargs: Mapping[str, Any] | None = None, wrapper: str | None = None, **options: Any
+) -> gym.Env:
+    """An environment by its Gymnasium id, with `kwargs` for it and one of our WRAPPERS with `options` around it.
+
+    Raises:
+        UserError: Gymnasium knows no such id, or its simulator is not installed; or there is no such wrapper.
+    """
+    register()
+    if wrapper is not None and wrapper not in WRAPPERS:
+        raise UserError(f"there is no environment wrapper {wrapper!r}; {did_you_mean(wrapper, WRAPPERS)}")
+    try:
+        env = gym.make(environment, disable_env_checker=True, **(kwargs or {}))
+    except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled, ImportError) as error:
+        near = did_you_mean(environment, gym.registry)
+        raise UserError(f"cannot make the environment {environment!r}: {error} Among those registered {near}") from None
+    leftover = getattr(env.unwrapped, "tmp_xml_file_path", None)
+    if leftover is not None:  # the model is in memory by now
+        Path(leftover).unlink(missing_ok=True)
+    return env if wrapper is None else WRAPPERS[wrapper](env, **options)
+
+
+def vectorise(maker: Callable[[], gym.Env], count: int, processes: bool = False) -> VectorEnv:
+    """`count` copies of an environment that are reset by mask: in this process, or each in its own.
+
+    Processes pay off when one simulator step takes longer than about a millisecond.
+    """
+    if count < 1:
+        raise UserError(f"{count} environments were asked for; at least one is needed.")
+    kind = AsyncVectorEnv if processes and (os.cpu_count() or 1) > 1 else SyncVectorEnv
+    return kind([maker] * count, autoreset_mode=AutoresetMode.DISABLED)
+
+
+def env_spec(env: gym.Env) -> Spec:
+    """The Spec of an environment, with its seconds per step if its simulator tells them."""
+    unwrapped = env.unwrapped
+    dt = getattr(getattr(unwrapped, "point_env", unwrapped), "dt", None)
+    return spec_of(env.observation_space, env.action_space, None if dt is None else float(dt))

@@ -1,0 +1,21 @@
+"""The one error that means "you can mend this": its text says what, where and how."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in a user's input. The command line prints it as one sentence and exits with status 2."""
+
+
+class Interrupted(Exception):
+    """Training was stopped by Ctrl-C after a checkpoint was kept. The text says how to go on."""
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """A closing half-sentence for an unknown name: the nearest options, or all of them when none is near."""
+    options = sorted(options)
+    near = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(name) for name in near)}?"
+    return f"there are: {', '.join(options)}." if options else "there are none."

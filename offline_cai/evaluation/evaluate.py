@@ -1,0 +1,102 @@
+"""Evaluate policies in simulators under a protocol: the same episodes for each, a fixed quota per environment."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from tqdm import tqdm
+
+from offline_cai import config
+from offline_cai.core import Episode, Policy
+from offline_cai.data import scores
+from offline_cai.environments.make import env_spec, make, vectorise
+from offline_cai.environments.rollout import rollout
+from offline_cai.errors import UserError
+from offline_cai.evaluation.statistics import Summary, summarise
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How policies are evaluated: a recipe in eval/."""
+
+    name: str
+    """Name of the protocol."""
+    environment: str
+    """Gymnasium id, version included."""
+    score: str
+    """D4RL task whose reference returns normalise the score."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of gymnasium.make."""
+    wrapper: str | None = None
+    """One of our environment wrappers around it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the wrapper."""
+    episodes: int = 100
+    """Episodes, a multiple of the number of environments."""
+    environments: int = 10
+    """Environments side by side."""
+    seed: int = 1000
+    """Seed of the starts, apart from any seed of training or collection."""
+    references: tuple[str, ...] = ()
+    """Reference policies evaluated on the same starts."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.environments < 1 or self.episodes % self.environments:
+            raise UserError(
+                f"episodes ({self.episodes}) has to be a positive multiple of environments ({self.environments}), so "
+                "that each environment runs the same number and short episodes are not favoured."
+            )
+
+    def make(self) -> gym.Env:
+        return make(self.environment, self.kwargs, self.wrapper, **self.options)
+
+
+def protocol(name: str, flags: Mapping[str, str] | None = None) -> Protocol:
+    """A protocol from its name or path."""
+    path = config.find(name, "eval")
+    return config.build(Protocol, config.override(config.read(path), flags or {}), str(path))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One policy under one protocol: an entry per episode, in the order of environments."""
+
+    returns: np.ndarray
+    normalised: np.ndarray
+    seconds: float
+    episodes: list[Episode]
+
+    @property
+    def summary(self) -> Summary:
+        return summarise(self.normalised)
+
+    def to_json(self) -> dict[str, Any]:
+        numbers = {"returns": self.returns.tolist(), "normalised": self.normalised.tolist(), "seconds": self.seconds}
+        return {**asdict(self.summary), **numbers}
+
+
+def evaluate(
+    protocol: Protocol, policies: Mapping[str, Callable[[], Policy]], quiet: bool = False
+) -> dict[str, Result]:
+    """Run each policy on the protocol's episodes: episode j of environment i starts alike for all of them."""
+    low, high = scores.reference(protocol.score)
+    envs = vectorise(protocol.make, protocol.environments)
+    one = protocol.make()
+    spec, limit = env_spec(one), one.spec.max_episode_steps if one.spec else None
+    one.close()
+    share, results = protocol.episodes // protocol.environments, {}
+    most = None if limit is None else limit * protocol.episodes
+    try:
+        for name, build in policies.items():
+            began = time.monotonic()
+            with tqdm(total=most, desc=f"evaluate {name}", unit="step", disable=quiet, dynamic_ncols=True) as progress:
+                episodes = rollout(envs, spec, build(), protocol.seed, episodes=share, progress=progress.update)
+            returns = np.array([episode.reward.sum() for episode in episodes])
+            normalised = scores.normalised(returns, low, high)
+            results[name] = Result(returns, normalised, time.monotonic() - began, episodes)
+    finally:
+        envs.close()
+    return results

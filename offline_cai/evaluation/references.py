@@ -1,0 +1,66 @@
+"""Reference policies, by name: what a score has to be seen beside."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from offline_cai.core import Policy, Spec
+from offline_cai.data.trajectories import Trajectories
+from offline_cai.environments.behaviour import MazeController, RandomPolicy
+from offline_cai.environments.maze2d import Maze
+from offline_cai.errors import UserError, did_you_mean
+from offline_cai.planning.occupancy import OccupancyPaths
+from offline_cai.planning.planner import Planner
+from offline_cai.planning.tracking import Tracker
+
+
+class Setting(NamedTuple):
+    """What references are made from: the protocol's maze, the data, how it was collected, the planner's tracker."""
+
+    spec: Spec
+    maze: Maze
+    data: Trajectories
+    behaviour: Mapping[str, Any]
+    tracker: Tracker
+    stride: int
+    seed: int
+
+
+def controller(s: Setting) -> Policy:
+    """The data-collecting controller as it collected, with its noise."""
+    return MazeController(s.spec, s.maze, s.seed, **s.behaviour)
+
+
+def controller_without_noise(s: Setting) -> Policy:
+    """The data-collecting controller without action noise."""
+    return MazeController(s.spec, s.maze, s.seed, **{**s.behaviour, "noise": 0.0})
+
+
+def occupancy_path(s: Setting) -> Policy:
+    """The shortest path over the data's occupancy grid, followed by the planner's own tracker and gains."""
+    if s.spec.dt is None:
+        raise UserError("the occupancy path needs the simulator's seconds per step, and it does not tell them.")
+    states = np.asarray(s.data.obs[:, s.data.spec.columns("observation")])
+    position, goal = (np.array(s.spec.columns(name)) for name in ("achieved_goal", "desired_goal"))
+    paths = OccupancyPaths(states, position, goal, s.stride, s.spec.dt)
+    return Planner(s.spec, ("observation",), paths, s.seed, s.tracker)
+
+
+def random(s: Setting) -> Policy:
+    """Uniformly random actions."""
+    return RandomPolicy(s.spec, s.seed)
+
+
+REFERENCES: Mapping[str, Callable[[Setting], Policy]] = {
+    "controller": controller,
+    "controller without noise": controller_without_noise,
+    "occupancy path": occupancy_path,
+    "random": random,
+}
+
+
+def find(name: str) -> Callable[[Setting], Policy]:
+    if name not in REFERENCES:
+        raise UserError(f"there is no reference policy {name!r}; {did_you_mean(name, REFERENCES)}")
+    return REFERENCES[name]

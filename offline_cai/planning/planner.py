@@ -1,0 +1,87 @@
+"""A policy that plans: it asks for plans, caches one per environment, and executes it."""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_cai import seeding
+from offline_cai.core import Plan, Spec
+from offline_cai.errors import UserError
+from offline_cai.planning.tracking import Tracker
+
+Propose = Callable[[np.ndarray, Tensor], Plan]
+"""Observations [N, O] and random keys [N] to one plan each."""
+
+
+class Planner:
+    """Executes the plans of `propose` on vectorised environments.
+
+    An environment gets a new plan when it begins an episode, and after `replan` steps if that is not None. When a plan
+    is used up its last row is held. `execute` says how a plan becomes actions: "track" follows its states with the
+    tracker, "actions" plays its actions without looking at the state.
+
+    Attributes:
+        tracker: how planned states are followed.
+        plans_made: number of plans so far.
+        seconds: wall time that they took.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        fields: tuple[str, ...],
+        propose: Propose,
+        seed: int,
+        tracker: Tracker,
+        execute: Literal["track", "actions"] = "track",
+        replan: int | None = None,
+    ) -> None:
+        if execute == "track" and spec.dt is None:
+            raise UserError(
+                "tracking needs the seconds per time step, and this dataset does not tell them: collect it with "
+                "`offline-cai collect`, or execute the plan's own actions (planner.execute: actions)."
+            )
+        if replan is not None and replan < 1:
+            raise UserError(f"planner.replan is {replan}; take a number of steps of at least 1, or null for never.")
+        self._spec, self._columns = spec, spec.columns(*fields)
+        self.propose, self._seed, self.tracker = propose, seed, tracker
+        self._execute, self._replan = execute, replan
+        self._low, self._high = np.array(spec.action.low), np.array(spec.action.high)
+        self._script: list[np.ndarray | None] = []
+        self._time = np.zeros(0, dtype=int)
+        self.plans_made, self.seconds = 0, 0.0
+
+    def reset(self, done: np.ndarray | None = None) -> None:
+        self._script = [] if done is None else [None if d else s for s, d in zip(self._script, done, strict=True)]
+
+    def act(self, obs: np.ndarray) -> tuple[np.ndarray, None]:
+        if not self._script:
+            self._script, self._time = [None] * len(obs), np.zeros(len(obs), dtype=int)
+        stale = [i for i, s in enumerate(self._script) if s is None or self._time[i] == self._replan]
+        if stale:
+            self._plan(obs, stale)
+        ahead = 1 if self._execute == "track" else 0
+        step = np.stack([s[min(t + ahead, len(s) - 1)] for s, t in zip(self._script, self._time, strict=True)])  # type: ignore[index, arg-type]
+        self._time += 1
+        action = self.tracker.action(step, obs[:, self._columns]) if self._execute == "track" else step
+        return np.clip(action, self._low, self._high), None
+
+    def _plan(self, obs: np.ndarray, which: list[int]) -> None:
+        """New scripts for the environments `which`: desired states or actions, one row per time step."""
+        key = torch.tensor([seeding.key(self._seed, self.plans_made + n) for n in range(len(which))])
+        began = time.perf_counter()
+        plan = self.propose(obs[which], key)
+        self.seconds += time.perf_counter() - began
+        self.plans_made += len(which)
+        if self._execute == "track":
+            scripts = self.tracker.states(plan.obs.double().numpy(), plan.stride, self._spec.dt or 0.0)
+        elif plan.action is None:
+            raise UserError("these plans hold no actions: train with model.actions: true, or track the planned states.")
+        else:
+            scripts = plan.action.double().numpy().reshape(len(which), -1, self._spec.action_width)
+        for i, script in zip(which, scripts, strict=True):
+            self._script[i], self._time[i] = script, 0

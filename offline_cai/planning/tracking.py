@@ -1,0 +1,58 @@
+"""From planned rows to actions: upsampling in time and a PD controller."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from offline_cai.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Follows planned states: action = kp (position* - position) + kd (velocity* - velocity), one step ahead, clipped.
+
+    Every policy that is compared with a planner uses the planner's own tracker, so that a difference in score is one of
+    plans.
+    """
+
+    position: tuple[int, ...] = (0, 1)
+    """Columns of the planned state that hold positions."""
+    velocity: tuple[int, ...] = (2, 3)
+    """Columns of the planned state that hold velocities, in the same order."""
+    kp: float = 10.0
+    """Action per metre of position error."""
+    kd: float = 4.0
+    """Action per metre per second of velocity error."""
+
+    def __post_init__(self) -> None:
+        if len(self.position) != len(self.velocity):
+            raise UserError("the tracker needs one velocity column for each position column.")
+
+    def states(self, rows: np.ndarray, stride: int, dt: float) -> np.ndarray:
+        """Planned rows [N, R, O'], one every `stride` steps of `dt` seconds, to desired states [N, L, 2d] at each step.
+
+        Cubic Hermite interpolation through positions and velocities, and its derivative; L = (R - 1) stride + 1.
+        """
+        position, velocity = rows[..., list(self.position)], rows[..., list(self.velocity)]
+        if stride == 1:
+            return np.concatenate([position, velocity], axis=-1)
+        span = stride * dt
+        s = np.arange(stride)[:, None] / stride  # [k, 1], fraction of the way to the next row
+        p0, p1 = position[:, :-1, None], position[:, 1:, None]
+        v0, v1 = velocity[:, :-1, None] * span, velocity[:, 1:, None] * span
+        p = (
+            (2 * s**3 - 3 * s**2 + 1) * p0
+            + (s**3 - 2 * s**2 + s) * v0
+            + (3 * s**2 - 2 * s**3) * p1
+            + (s**3 - s**2) * v1
+        )
+        v = (6 * s**2 - 6 * s) * (p0 - p1) + (3 * s**2 - 4 * s + 1) * v0 + (3 * s**2 - 2 * s) * v1
+        dense = np.concatenate([p, v / span], axis=-1)
+        last = np.concatenate([position[:, -1:], velocity[:, -1:]], axis=-1)
+        return np.concatenate([dense.reshape(len(rows), -1, dense.shape[-1]), last], axis=1)
+
+    def action(self, desired: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Unclipped actions [N, d] towards desired states [N, 2d] from selected observations [N, O']."""
+        d = len(self.position)
+        position, velocity = state[:, list(self.position)], state[:, list(self.velocity)]
+        return self.kp * (desired[:, :d] - position) + self.kd * (desired[:, d:] - velocity)

@@ -1,0 +1,66 @@
+"""Random draws that are pure functions of a key.
+
+A draw that depends on a generator's state depends on everything drawn before it: on the number of processes, on a
+resume, on the order of two lines of code. Here each sample carries a 64-bit key made of (seed, step, global position),
+and noise is a hash of that key. So one process and many draw the same noise, and a resumed run is the same run.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN, _MIX1, _MIX2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014) on int64 tensors, whose products wrap as uint64's do."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def key(seed: int, *parts: int) -> int:
+    """One signed 64-bit key from a seed and any integers, for example (seed, step)."""
+    words = np.random.SeedSequence([seed & _MASK, *(part & _MASK for part in parts)]).generate_state(1, np.uint64)
+    return _signed(int(words[0]))
+
+
+def keys(seed: int, step: int, positions: Tensor) -> Tensor:
+    """The keys [B] of the samples at `positions` [B] of the global batch of `step`."""
+    return _mix(positions.to(torch.int64) * _GOLDEN + key(seed, step))
+
+
+def rng(seed: int, *parts: int) -> np.random.Generator:
+    """A NumPy generator for (seed, *parts): draws that are not per sample, such as which rows make a batch."""
+    return np.random.default_rng([seed & _MASK, *(part & _MASK for part in parts)])
+
+
+def _bits(keys: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
+    counter = torch.arange(1, math.prod(shape) + 1, device=keys.device)
+    base = _mix(keys + _signed(key(stream) & _MASK))
+    return _mix(base[:, None] + counter * _GOLDEN).view(len(keys), *shape)
+
+
+def uniform(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0) -> Tensor:
+    """Uniform draws in (0, 1): float64 [B, *shape], one row per key; equal arguments give equal draws."""
+    return (((_bits(keys, shape, stream) >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+
+
+def normal(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal draws [B, *shape], one row per key, by the Box-Muller transform. Streams are independent."""
+    u = uniform(keys, (2, *shape), stream)
+    return (torch.sqrt(-2 * torch.log(u[:, 0])) * torch.cos(2 * math.pi * u[:, 1])).to(dtype)
+
+
+def integers(keys: Tensor, high: int, shape: tuple[int, ...] = (), stream: int = 0) -> Tensor:
+    """Uniform integers in [0, high): int64 [B, *shape], one row per key."""
+    return (uniform(keys, shape, stream) * high).long().clamp_(max=high - 1)

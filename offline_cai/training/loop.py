@@ -1,0 +1,238 @@
+"""The one training loop: it knows sources, algorithms and steps, and no algorithm by name."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from offline_cai import algorithms, config
+from offline_cai.core import Algorithm, Batch
+from offline_cai.data import minari
+from offline_cai.data.trajectories import Trajectories
+from offline_cai.data.windows import Windows
+from offline_cai.errors import Interrupted, UserError
+from offline_cai.provenance import versions
+from offline_cai.training import checkpoint
+from offline_cai.training.experiment import Experiment, TrainingConfig
+from offline_cai.training.sources import OfflineSource
+from offline_cai.training.trackers import MetricsFile
+
+
+def train(experiment: Experiment, output: Path, resume: bool = False, quiet: bool = False) -> Path:
+    """Train an experiment into the folder `output` and return its last checkpoint.
+
+    Raises:
+        UserError: the folder exists already (and it is no resume), or dataset, config or checkpoint are at fault.
+        Interrupted: Ctrl-C; a checkpoint of the last complete step was kept.
+    """
+    c, accelerator = experiment.training, _accelerator(experiment, output)
+    trajectories = minari.trajectories(experiment.dataset)
+    algorithm = build(experiment, trajectories)
+    state = _State(algorithm, c, accelerator)
+    start = state.resume(output, experiment) if resume else _begin(output, experiment)
+    needs = algorithm.needs
+    windows = Windows(trajectories, needs.horizon, needs.stride, needs.discount, needs.padding)
+    source = OfflineSource(windows, c.batch_size, experiment.seed)
+    metrics = MetricsFile(output / "metrics.jsonl", start)
+    if c.trackers:
+        accelerator.init_trackers("tensorboard", _flat(experiment))
+
+    def save(step: int) -> Path:
+        tensors, extra = state.tensors(), {"source": source.state(), "optimisers": list(state.optimisers)}
+        with state.averaged():
+            export = (algorithm, experiment.algorithm)
+            return checkpoint.save(output / "checkpoints", step, export, tensors, extra, c.keep)
+
+    step, path, began = start, None, time.monotonic()
+    progress = tqdm(total=c.steps, initial=start, desc="train", unit="step", disable=quiet, dynamic_ncols=True)
+    with _Interrupt() as interrupt, progress:
+        while step < c.steps:
+            state.set_learning_rate(step)
+            metrics_of_step = algorithm.update(source(step).to(accelerator.device), state)
+            step += 1
+            state.average()
+            progress.update()
+            if step % c.log_every == 0 or step == c.steps:
+                values = {name: float(value) for name, value in metrics_of_step.items()}
+                values |= {"learning_rate": state.learning_rate(step - 1), "seconds": time.monotonic() - began}
+                _require_finite(values, step, output)
+                metrics.write(step, values)
+                accelerator.log(values, step=step)
+                progress.set_postfix({"loss": f"{values.get('loss', math.nan):.4f}"})
+            if interrupt.asked or step % c.checkpoint_every == 0 or step == c.steps:
+                path = save(step)
+            if interrupt.asked:
+                break
+    metrics.close()
+    source.close()
+    accelerator.end_training()
+    if interrupt.asked and step < c.steps:
+        raise Interrupted(f"stopped at step {step} of {c.steps}. Resume with: offline-cai train --resume {output}")
+    return path or checkpoint.find(output)
+
+
+def build(experiment: Experiment, trajectories: Trajectories) -> Algorithm:
+    """The algorithm with its initial weights, a function of the seed, and normalisers fitted to the data."""
+    torch.manual_seed(experiment.seed)
+    algorithm = algorithms.find(experiment.algorithm)(trajectories.spec, experiment.model)
+    rows = trajectories.step_rows
+    algorithm.fit(trajectories.obs[rows], trajectories.action[rows])
+    return algorithm
+
+
+def _accelerator(experiment: Experiment, output: Path) -> Accelerator:
+    c = experiment.training
+    accelerator = Accelerator(mixed_precision=c.mixed_precision, log_with=list(c.trackers), project_dir=str(output))
+    if accelerator.num_processes > 1:
+        raise UserError(f"{accelerator.num_processes} processes came up, but this version trains in one process only.")
+    return accelerator
+
+
+def _begin(output: Path, experiment: Experiment) -> int:
+    if output.exists() and any(output.iterdir()):
+        raise UserError(
+            f"the output folder {output} is not empty and is not overwritten. Name another with --output, remove it, "
+            f"or go on with its training: offline-cai train --resume {output}"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.yaml").write_text(config.dump(experiment))
+    (output / "versions.json").write_text(json.dumps(versions(), indent=1))
+    return 0
+
+
+def _flat(experiment: Experiment) -> dict[str, Any]:
+    """The config for trackers, which take neither lists nor None."""
+    leaves = config.flatten(config.to_dict(experiment))
+    return {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in leaves}
+
+
+def _require_finite(values: Mapping[str, float], step: int, output: Path) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"training diverged: {name} is {value} at step {step}. Lower training.learning_rate; the "
+                f"checkpoints in {output / 'checkpoints'} are from before."
+            )
+
+
+class _Interrupt:
+    """Turns the first Ctrl-C into a request that the loop honours after its step; the second one stops at once."""
+
+    def __enter__(self) -> "_Interrupt":
+        self.asked, self._before = False, None
+        with suppress(ValueError):  # outside the main thread, whoever runs it handles signals
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+class _State:
+    """What training changes: weights, their average and the optimisers. Called, it is the `Step` of core.py."""
+
+    def __init__(self, algorithm: Algorithm, training: TrainingConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator, self.algorithm = training, accelerator, algorithm
+        named = dict(algorithm.named_parameters())
+        self.module = accelerator.prepare(algorithm)
+        self.optimisers: dict[str, Any] = {}
+        self.parameters: dict[str, list[Tensor]] = {}
+        for phase, prefixes in algorithm.needs.groups.items():
+            self.parameters[phase] = [p for name, p in named.items() if name.startswith(prefixes)]
+            optimiser = torch.optim.AdamW(
+                self.parameters[phase], lr=training.learning_rate, weight_decay=training.weight_decay
+            )
+            self.optimisers[phase] = accelerator.prepare(optimiser)
+        self.ema = [p.detach().clone() for p in named.values()] if training.ema else []
+
+    def __call__(self, batch: Batch, phase: str = "all") -> dict[str, Tensor]:
+        optimiser = self.optimisers[phase]
+        optimiser.zero_grad(set_to_none=True)
+        loss, metrics = self.module(batch, phase)
+        self.accelerator.backward(loss)
+        values = dict(metrics)
+        if self.config.clip is not None:
+            values["grad_norm"] = self.accelerator.clip_grad_norm_(self.parameters[phase], self.config.clip)
+        optimiser.step()
+        return values
+
+    def learning_rate(self, step: int) -> float:
+        """A function of the optimiser step alone, so a resumed run needs no scheduler's state."""
+        c = self.config
+        warm = min(1.0, (step + 1) / max(c.warmup, 1))
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.schedule == "cosine" else 1.0
+        return c.learning_rate * warm * decay
+
+    def set_learning_rate(self, step: int) -> None:
+        for optimiser in self.optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = self.learning_rate(step)
+
+    def average(self) -> None:
+        if self.ema:
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.algorithm.parameters()], 1 - self.config.ema)
+
+    def averaged(self) -> "_Swapped":
+        """A context in which the algorithm holds its averaged weights."""
+        return _Swapped(list(self.algorithm.parameters()), self.ema)
+
+    # Saving and resuming -------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Raw weights, the average and the optimisers' moments, by name."""
+        out = {f"model/{name}": tensor for name, tensor in self.algorithm.state_dict().items()}
+        out |= {f"ema/{i:05d}": tensor for i, tensor in enumerate(self.ema)}
+        for phase, optimiser in self.optimisers.items():
+            for i, moments in optimiser.state_dict()["state"].items():
+                out |= {f"optimiser/{phase}/{i:05d}/{name}": torch.as_tensor(value) for name, value in moments.items()}
+        return out
+
+    def resume(self, output: Path, experiment: Experiment) -> int:
+        """Load the last checkpoint of a run, in place, and return its step."""
+        path = checkpoint.find(output)
+        tensors, state = checkpoint.load_state(path)
+        model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
+        checkpoint.assign(self.algorithm, model, str(path))
+        for i, average in enumerate(self.ema):
+            average.copy_(tensors[f"ema/{i:05d}"])
+        for phase, optimiser in self.optimisers.items():
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith(f"optimiser/{phase}/"):
+                    index, key = name.rsplit("/", 2)[1:]
+                    moments.setdefault(int(index), {})[key] = tensor
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+        return int(state["step"])
+
+
+class _Swapped:
+    """Exchanges two lists of tensors, and back on leaving."""
+
+    def __init__(self, ours: list[torch.nn.Parameter], others: list[Tensor]) -> None:
+        self._pairs = list(zip(ours, others, strict=False))
+
+    def _swap(self) -> None:
+        for ours, other in self._pairs:
+            ours.data, other.data = other.data, ours.data
+
+    def __enter__(self) -> None:
+        self._swap()
+
+    def __exit__(self, *exception: object) -> None:
+        self._swap()
