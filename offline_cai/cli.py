@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from offline_cai import __version__
 from offline_cai.errors import Interrupted, UserError
@@ -34,14 +34,14 @@ A field of the file is set by a flag of its name, nested ones with dots: {exampl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 after a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    args, rest = parser.parse_known_args(arguments)
+    parser, commands = _parser()
     try:
-        flags = _flags(rest, args.flags)
+        arguments, flags = _take_flags(arguments, commands)
+        args = parser.parse_args(arguments)
         _use_threads(args.threads)
         args.run(args, flags)
     except UserError as error:
-        if args.debug:
+        if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,17 +54,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _flags(rest: Sequence[str], allowed: bool) -> dict[str, str]:
-    """["--a.b", "1", "--c=2"] to {"a.b": "1", "c": "2"}."""
-    flags, queue = {}, list(rest)
+class _Parser(argparse.ArgumentParser):
+    """Mistakes are UserErrors, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`.")
+
+
+def _take_flags(arguments: Sequence[str], commands: dict[str, _Parser]) -> tuple[list[str], dict[str, str]]:
+    """Takes the flags that set fields of a file, such as "--a.b 1" and "--c=2", out of the arguments.
+
+    They are the ones that the command does not know itself; argparse would take their values for positional arguments.
+    """
+    command = commands.get(arguments[0]) if arguments else None
+    if command is None or not command.get_default("flags"):
+        return list(arguments), {}
+    kept, flags, queue = [], {}, list(arguments)
     while queue:
-        name, equals, value = queue.pop(0).partition("=")
-        if not name.startswith("--") or not allowed:
-            raise UserError(f"{name!r} is not understood here; see --help.")
-        if not equals and not queue:
+        word = queue.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or name in command._option_string_actions:
+            kept.append(word)
+            continue
+        if not equals and (not queue or queue[0].startswith("--")):
             raise UserError(f"{name} needs a value.")
         flags[name[2:]] = value if equals else queue.pop(0)
-    return flags
+    return kept, flags
 
 
 def _use_threads(threads: int) -> None:
@@ -72,8 +87,9 @@ def _use_threads(threads: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The whole parser, and those of the commands by name."""
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     common.add_argument("--quiet", action="store_true", help="no progress bars")
     common.add_argument(
@@ -82,11 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="CPU threads for tensors (default: 1; more pays off for large networks only)",
     )
-    parser = argparse.ArgumentParser("offline-cai", description=_INTRO, formatter_class=argparse.RawTextHelpFormatter)
+    parser = _Parser("offline-cai", description=_INTRO, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[..., None], text: str, example: str = "") -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[..., None], text: str, example: str = "") -> _Parser:
         description = textwrap.dedent(text) + (_FLAGS.format(example=example) if example else "")
         formatter = argparse.RawDescriptionHelpFormatter
         first = textwrap.dedent(text).split("\n")[0]
@@ -188,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("config", metavar="CONFIG", nargs="?", default="diffuser-pointmaze-umaze")
     demo.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME/DATE-TIME)")
-    return parser
+    return parser, dict(commands.choices)
 
 
 def _writes(parser: argparse.ArgumentParser, default: str) -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -27,13 +27,20 @@ from offline_cai.errors import UserError
 FORMAT = 1
 
 
-def save(
-    folder: Path, step: int, export: tuple[Algorithm, str], tensors: Mapping[str, Tensor], state: Any, keep: int
-) -> Path:
+class Export(NamedTuple):
+    """What it takes to act: the algorithm's name, what it is built from, and its weights."""
+
+    algorithm: str
+    config: Any
+    spec: Spec
+    weights: Mapping[str, Tensor]
+
+
+def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor], state: Any, keep: int) -> Path:
     """Write the checkpoint of `step` into `folder`, then remove all but the last `keep`.
 
     Args:
-        export: the algorithm with the weights to act with, and its name.
+        export: what it takes to act.
         tensors: what a resume needs besides: raw weights, optimiser moments.
         state: JSON that goes with them.
 
@@ -44,7 +51,7 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        _write_export(temporary / "export", *export)
+        _write_export(temporary / "export", export)
         (temporary / "state").mkdir()
         save_file(_savable(tensors), temporary / "state" / "training.safetensors")
         (temporary / "state" / "state.json").write_text(json.dumps({"step": step, **state}))
@@ -65,10 +72,10 @@ def save(
     return target
 
 
-def _write_export(folder: Path, algorithm: Algorithm, name: str) -> None:
+def _write_export(folder: Path, export: Export) -> None:
     folder.mkdir(parents=True)
-    save_file(_savable(algorithm.state_dict()), folder / "model.safetensors")
-    data = {"algorithm": name, "config": config.to_dict(algorithm.config), "spec": algorithm.spec.to_json()}
+    save_file(_savable(export.weights), folder / "model.safetensors")
+    data = {"algorithm": export.algorithm, "config": config.to_dict(export.config), "spec": export.spec.to_json()}
     (folder / "config.json").write_text(json.dumps(data, indent=1))
 
 

@@ -38,7 +38,7 @@ def train(experiment: Experiment, output: Path, resume: bool = False, quiet: boo
     c, accelerator = experiment.training, _accelerator(experiment, output)
     trajectories = minari.trajectories(experiment.dataset)
     algorithm = build(experiment, trajectories)
-    state = _State(algorithm, c, accelerator)
+    state = TrainingState(algorithm, c, accelerator)
     start = state.resume(output, experiment) if resume else _begin(output, experiment)
     needs = algorithm.needs
     windows = Windows(trajectories, needs.horizon, needs.stride, needs.discount, needs.padding)
@@ -48,10 +48,10 @@ def train(experiment: Experiment, output: Path, resume: bool = False, quiet: boo
         accelerator.init_trackers("tensorboard", _flat(experiment))
 
     def save(step: int) -> Path:
-        tensors, extra = state.tensors(), {"source": source.state(), "optimisers": list(state.optimisers)}
-        with state.averaged():
-            export = (algorithm, experiment.algorithm)
-            return checkpoint.save(output / "checkpoints", step, export, tensors, extra, c.keep)
+        export = checkpoint.Export(experiment.algorithm, experiment.model, algorithm.spec, state.weights_to_act_with())
+        return checkpoint.save(
+            output / "checkpoints", step, export, state.tensors(), {"source": source.state()}, c.keep
+        )
 
     step, path, began = start, None, time.monotonic()
     progress = tqdm(total=c.steps, initial=start, desc="train", unit="step", disable=quiet, dynamic_ncols=True)
@@ -144,7 +144,7 @@ class _Interrupt:
             signal.signal(signal.SIGINT, self._before)
 
 
-class _State:
+class TrainingState:
     """What training changes: weights, their average and the optimisers. Called, it is the `Step` of core.py."""
 
     def __init__(self, algorithm: Algorithm, training: TrainingConfig, accelerator: Accelerator) -> None:
@@ -188,9 +188,10 @@ class _State:
         if self.ema:
             torch._foreach_lerp_(self.ema, [p.detach() for p in self.algorithm.parameters()], 1 - self.config.ema)
 
-    def averaged(self) -> "_Swapped":
-        """A context in which the algorithm holds its averaged weights."""
-        return _Swapped(list(self.algorithm.parameters()), self.ema)
+    def weights_to_act_with(self) -> dict[str, Tensor]:
+        """The algorithm's state with averaged parameters."""
+        names = (name for name, _ in self.algorithm.named_parameters())
+        return {**self.algorithm.state_dict(), **dict(zip(names, self.ema, strict=False))}
 
     # Saving and resuming -------------------------------------------------------------------------------------------
 
@@ -219,20 +220,3 @@ class _State:
                     moments.setdefault(int(index), {})[key] = tensor
             optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
         return int(state["step"])
-
-
-class _Swapped:
-    """Exchanges two lists of tensors, and back on leaving."""
-
-    def __init__(self, ours: list[torch.nn.Parameter], others: list[Tensor]) -> None:
-        self._pairs = list(zip(ours, others, strict=False))
-
-    def _swap(self) -> None:
-        for ours, other in self._pairs:
-            ours.data, other.data = other.data, ours.data
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *exception: object) -> None:
-        self._swap()

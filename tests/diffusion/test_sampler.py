@@ -1,0 +1,113 @@
+"""Samplers against diffusers' own steps, and against the law that a closed form gives."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from offline_cai import seeding
+from offline_cai.core import Known
+from offline_cai.diffusion.sampler import ddim, ddpm, levels_of
+from offline_cai.diffusion.schedule import Schedule
+from offline_cai.errors import UserError
+
+SHAPE = (3, 4, 2)
+KEY = seeding.keys(0, 0, torch.arange(SHAPE[0]))
+NOTHING = Known(torch.zeros(SHAPE, dtype=torch.float64), torch.zeros(SHAPE, dtype=torch.bool))
+
+
+def bend(x: Tensor, k: Tensor) -> Tensor:
+    """Some smooth denoiser."""
+    return torch.tanh(0.7 * x + 0.01 * k[:, None, None]) * 0.9
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_takes_diffusers_steps(kind: str, steps: int, eta: float) -> None:
+    name = {"cosine": "squaredcos_cap_v2", "linear": "linear"}[kind]
+    theirs = DDIMScheduler(20, beta_schedule=name, prediction_type="sample", timestep_spacing="trailing")
+    theirs.set_timesteps(steps)
+    assert levels_of(Schedule(20), steps) == theirs.timesteps.tolist()
+    x = seeding.normal(KEY, SHAPE[1:], dtype=torch.float64)
+    for number, t in enumerate(theirs.timesteps):
+        noise = seeding.normal(KEY, SHAPE[1:], stream=number + 1, dtype=torch.float64)
+        clean = bend(x, torch.full((3,), int(t)))
+        x = theirs.step(clean, t, x, eta=eta, variance_noise=noise).prev_sample
+    ours = ddim(bend, Schedule(20, kind), NOTHING, KEY, steps, eta)  # type: ignore[arg-type]
+    assert torch.allclose(ours, x, atol=1e-5)
+
+
+def test_ddpm_takes_diffusers_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", prediction_type="sample", variance_type="fixed_small")
+    theirs.set_timesteps(20)
+    x, stream = seeding.normal(KEY, SHAPE[1:], dtype=torch.float64), iter(range(1, 21))
+
+    def noise(*args: object, **kwargs: object) -> Tensor:
+        return seeding.normal(KEY, SHAPE[1:], stream=next(stream), dtype=torch.float64)
+
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", noise)
+    for t in theirs.timesteps:
+        x = theirs.step(bend(x, torch.full((3,), int(t))), int(t), x).prev_sample
+    assert torch.allclose(ddpm(bend, Schedule(20), NOTHING, KEY), x, atol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(2, 0.0), (16, 0.0), (16, 1.0), (64, 1.0)])
+def test_on_gaussian_data_samples_have_the_sampler_s_own_law(steps: int, eta: float) -> None:
+    """With the exact denoiser of N(m, s^2) every step is affine, so mean and variance propagate in closed form."""
+    m, s2, n = 0.5, 0.09, 40_000
+    schedule = Schedule(64)
+
+    def gain(abar: Tensor) -> Tensor:
+        return abar.sqrt() * s2 / (abar * s2 + 1 - abar)
+
+    def exact(x: Tensor, k: Tensor) -> Tensor:
+        abar = schedule.abar_at(k)
+        return m + gain(abar) * (x - abar.sqrt() * m)
+
+    mean, variance = 0.0, 1.0
+    levels = levels_of(schedule, steps)
+    for level, following in zip(levels, [*levels[1:], -1], strict=True):
+        a, b = (schedule.abar_at(torch.tensor([k])).double().flatten() for k in (level, following))
+        sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b)
+        slope = (1 - b - sigma2).sqrt() / (1 - a).sqrt()  # of x in the next x, besides what goes through x_0
+        clean = b.sqrt() - slope * a.sqrt()
+        factor, offset = float(clean * gain(a) + slope), float(clean * m * (1 - gain(a) * a.sqrt()))
+        mean, variance = factor * mean + offset, factor**2 * variance + float(sigma2) * (following >= 0)
+
+    none = Known(torch.zeros(n, 1, 1, dtype=torch.float64), torch.zeros(n, 1, 1, dtype=torch.bool))
+    key = seeding.keys(1, 1, torch.arange(n))
+    x = ddim(exact, schedule, none, key, steps, eta, clip=None).flatten().numpy()
+    assert abs(x.mean() - mean) < 4 * np.sqrt(variance / n)
+    assert abs(x.var() - variance) < 4 * variance * np.sqrt(2 / n)
+    if steps == 64:
+        assert mean == pytest.approx(m, abs=0.01) and variance == pytest.approx(s2, rel=0.15), "near the data's law"
+
+
+def test_known_rows_hold_at_every_step_and_are_seen_by_the_denoiser() -> None:
+    value = torch.full(SHAPE, 0.25, dtype=torch.float64)
+    mask = torch.zeros(SHAPE, dtype=torch.bool)
+    mask[:, 0] = mask[:, -1, :1] = True
+    seen, trace = [], []  # type: ignore[var-annotated]
+
+    def spy(x: Tensor, k: Tensor) -> Tensor:
+        seen.append(x.clone())
+        return bend(x, k)
+
+    out = ddim(spy, Schedule(20), Known(value, mask), KEY, 5, trace=trace)
+    assert len(seen) == 5 and len(trace) == 6 and torch.equal(trace[-1], out)
+    assert all((x[mask] == 0.25).all() for x in [*seen, *trace])
+    assert (out[~mask] != 0.25).all()
+
+
+def test_a_plan_depends_on_its_own_key_only() -> None:
+    both = ddpm(bend, Schedule(8), NOTHING, KEY)
+    one = Known(NOTHING.value[1:2], NOTHING.mask[1:2])
+    assert torch.equal(ddpm(bend, Schedule(8), one, KEY[1:2]), both[1:2])
+
+
+@pytest.mark.parametrize("steps", [0, 9, -1])
+def test_impossible_numbers_of_steps_are_refused(steps: int) -> None:
+    with pytest.raises(UserError, match="8 levels"):
+        ddim(bend, Schedule(8), NOTHING, KEY, steps)

@@ -1,0 +1,112 @@
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offline_cai import cli
+
+COMMANDS = ["collect", "train", "plan", "evaluate", "report", "demo"]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "offline_cai", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_reads_well_and_loads_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys\nfrom offline_cai import cli\n"
+        f"try: cli.main({[command, '--help'] if command else ['--help']!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'matplotlib', 'gymnasium', 'minari', 'scipy', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"usage: offline-cai {command}".strip() in result.stdout
+    assert all(len(line) <= 120 for line in result.stdout.splitlines())
+    if not command:
+        assert all(name in result.stdout for name in COMMANDS)
+
+
+def test_train_help_lists_the_fields_of_a_config() -> None:
+    result = call("train", "debug-diffuser", "--help", "--training.steps", "7")
+    assert result.returncode == 0, result.stderr
+    for line in ("--training.steps 7", "--model.planner.tracker.kp 10.0", "Optimiser steps.", "--model.stride 8"):
+        assert line in result.stdout, line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["frobnicate"], r"invalid choice: 'frobnicate'"),
+        (["plan"], r"arguments are required: RUN"),
+        (
+            ["train", "debug-difuser"],
+            r"no file and no recipe 'debug-difuser' in configs/; did you mean 'debug-diffuser'",
+        ),
+        (["train", "debug-diffuser", "--training.stepz", "3"], r"unknown key 'stepz'; did you mean 'steps'"),
+        (
+            ["train", "debug-diffuser", "--dataset", "offline-cai/pointmaze/debug-v7"],
+            r"no dataset .*debug-v7.*debug-v0",
+        ),
+        (["train"], r"name a CONFIG"),
+        (["train", "debug-diffuser", "--resume", "x"], r"leave CONFIG and --output out"),
+        (["train", "--resume", "nowhere"], r"nowhere holds no config.yaml"),
+        (["train", "debug-diffuser", "--training.steps"], r"--training.steps needs a value"),
+        (["train", "debug-diffuser", "extra"], r"unrecognized arguments: extra; see"),
+        (["plan", "nowhere"], r"nowhere holds no checkpoint"),
+        (["plan", "nowhere", "--cuont", "3"], r"unrecognized arguments: --cuont 3; see"),
+        (["collect", "debug-umaze", "--steps", "7"], r"steps \(7\) has to be a positive multiple"),
+        (["collect", "debug-umaze", "--behaviour.kq", "1", "--id", "a/b-v0", "--steps", "20"], r"unexpected.*'kq'"),
+        (["collect", "debug-umaze", "--id", "no id", "--steps", "20"], r"'no id' is no Minari dataset id"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_status_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offline_cai.data import minari
+
+    monkeypatch.setattr(minari, "_online", lambda: False)
+    assert cli.main([*arguments, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+    assert re.search(words, error), error
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = call("train", "nothing", "--debug")
+    assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_results_as_json(run: Path, tmp_path: Path) -> None:
+    result = call("evaluate", str(run), "--json", "--output", str(tmp_path / "e"), "--episodes=2", "--references", "[]")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["results"]["planner"]["n"] == 2
+
+
+def test_ctrl_c_says_how_to_resume_and_exits_130(dataset: str, tmp_path: Path) -> None:
+    import os
+    import signal
+    import time
+
+    target = tmp_path / "run"
+    command = [sys.executable, "-m", "offline_cai", "train", "debug-diffuser", "--output", str(target), "--quiet"]
+    process = subprocess.Popen(
+        [*command, "--training.steps", "100000", "--training.log_every", "1"], stderr=subprocess.PIPE, text=True
+    )
+    while not (target / "metrics.jsonl").exists() or not (target / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert re.search(
+        rf"interrupted: stopped at step \d+ of 100000. Resume with: offline-cai train --resume {target}\n", error
+    )
+    steps = len((target / "metrics.jsonl").read_text().splitlines())
+    again = call("train", "--resume", str(target), "--quiet", "--training.steps", str(steps + 2))
+    assert again.returncode == 0, again.stderr
+    assert len((target / "metrics.jsonl").read_text().splitlines()) >= steps

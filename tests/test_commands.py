@@ -1,0 +1,115 @@
+"""The steps after training, on a run of the debug Diffuser."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from offline_cai import commands, report
+from offline_cai.data import minari
+from offline_cai.errors import UserError
+from offline_cai.training import experiment
+
+
+@pytest.fixture(scope="module")
+def done(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the run, planned, evaluated and reported."""
+    copy = tmp_path_factory.mktemp("done") / "run"
+    shutil.copytree(run, copy)
+    commands.plan(copy, count=3, seed=1)
+    commands.evaluate(copy, quiet=True)
+    report.write(copy)
+    return copy
+
+
+def test_plans_are_new_and_written(done: Path) -> None:
+    with np.load(done / "plans" / "plans.npz", allow_pickle=False) as data:
+        assert data["rows"].shape == (3, 16, 4) and data["paths"].shape == (3, 15 * 8 + 1, 2)
+        assert np.allclose(data["rows"][:, 0], data["obs"][:, 4:8], atol=1e-4), "each begins at its start"
+        assert np.allclose(data["rows"][:, -1, :2], data["obs"][:, 2:4], atol=1e-4), "and ends at its goal"
+        assert len(np.unique(data["obs"][:, 2])) == 3
+    facts = json.loads((done / "plans" / "plans.json").read_text())
+    assert facts["plans"] == 3 and 0 <= facts["share of plans that cross a wall"] <= 1
+
+
+def test_results_carry_their_protocol_and_their_references(done: Path) -> None:
+    data = json.loads((done / "evaluation" / "results.json").read_text())
+    assert list(data["results"]) == ["planner", "controller", "controller without noise", "occupancy path", "random"]
+    assert all(len(r["returns"]) == 4 for r in data["results"].values())
+    assert data["protocol"]["kwargs"]["max_episode_steps"] == 40 and data["planner"]["tracker"]["kp"] == 10
+    assert data["planner"]["horizon in steps"] == 128 and data["versions"]["torch"]
+    ours, other = (np.array(data["results"][name]["normalised"]) for name in ("planner", "random"))
+    assert data["paired"]["random"]["mean"] == pytest.approx((ours - other).mean())
+    assert data["paired"]["random"]["se"] == pytest.approx((ours - other).std(ddof=1) / 2)
+    line = report.score_line(data)
+    number = r"-?\d+\.\d ± \d+\.\d"
+    pattern = rf"score: planner {number} · controller {number} · occupancy path {number} · random {number} "
+    assert re.fullmatch(pattern + r"\(D4RL normalised, 4 episodes\)", line)
+
+
+def test_the_report_is_one_file_with_everything_in_it(done: Path) -> None:
+    text = (done / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 3 and text.count("data:image/gif;base64,") == 1
+    assert not re.search(r'(src|href)="(?!data:)', text), "nothing outside the file is needed"
+    for part in ("score: planner", "occupancy path", "Learning curves", "wall time", "algorithm: diffuser", "mujoco"):
+        assert part in text, part
+
+
+def test_a_report_of_a_bare_run_leaves_out_what_is_not_there(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "r")
+    text = report.write(tmp_path / "r").read_text()
+    assert "Learning curves" in text and "score:" not in text and "gif" not in text
+
+
+def test_nothing_is_overwritten_silently(done: Path) -> None:
+    for again in (
+        lambda: commands.plan(done, count=1, seed=1),
+        lambda: commands.evaluate(done, quiet=True),
+        lambda: report.write(done),
+    ):
+        with pytest.raises(UserError, match=r"exists already and is not overwritten: pass --overwrite"):
+            again()
+    before = (done / "plans" / "plans.json").read_text()
+    commands.plan(done, count=2, seed=1, overwrite=True)
+    assert (done / "plans" / "plans.json").read_text() != before
+
+
+def test_evaluation_repeats_and_follows_its_flags(run: Path, tmp_path: Path) -> None:
+    flags = {"episodes": "2", "references": "[]"}
+    one = commands.evaluate(run, flags=flags, output=tmp_path / "one", quiet=True)
+    two = commands.evaluate(run, flags=flags, output=tmp_path / "two", quiet=True)
+    assert list(one["results"]) == ["planner"]
+    assert one["results"]["planner"]["returns"] == two["results"]["planner"]["returns"]
+
+
+def test_behaviour_cloning_goes_the_same_way(dataset: str, tmp_path: Path) -> None:
+    bc = commands.train(experiment.load("debug-bc"), tmp_path / "bc", quiet=True)
+    data = commands.evaluate(bc, quiet=True)
+    assert next(iter(data["results"])) == "bc" and data["planner"] == {}
+    assert "score: bc" in report.write(bc).read_text()
+    with pytest.raises(UserError, match="bc does not plan"):
+        commands.plan(bc, count=1, seed=0)
+
+
+def test_the_demo_runs_all_steps_and_uses_a_dataset_that_is_there(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = minari.fingerprint(dataset)
+    path = commands.demo("debug-diffuser", {}, tmp_path / "demo", quiet=True)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-1].startswith("score: planner ") and lines[-1].endswith("(D4RL normalised, 4 episodes)")
+    assert lines[-2] == f"report: {path}" and "used as it is" in "\n".join(lines)
+    assert minari.fingerprint(dataset) == before
+    assert set(json.loads((tmp_path / "demo" / "stages.json").read_text())) == {"collect", "train", "plan", "evaluate"}
+
+
+def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        commands.evaluate(tmp_path)
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        report.write(tmp_path)
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        commands.resumed(tmp_path, {})

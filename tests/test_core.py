@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+import torch
+
+from offline_cai.core import Box, Known, Spec
+from offline_cai.errors import UserError
+
+
+def test_columns_follow_the_order_of_names(spec: Spec) -> None:
+    assert spec.columns("observation", "achieved_goal") == [4, 5, 6, 7, 0, 1]
+    with pytest.raises(UserError, match=r"no field 'observatoin'; did you mean 'observation'"):
+        spec.columns("observatoin")
+
+
+def test_actions_map_to_the_unit_box_and_back(spec: Spec) -> None:
+    raw = torch.tensor([[-1.0, -2.0], [1.0, 2.0], [0.5, 1.0]])
+    assert torch.allclose(spec.to_unit(raw), torch.tensor([[-1.0, -1.0], [1.0, 1.0], [0.5, 0.5]]))
+    assert torch.allclose(spec.to_raw(spec.to_unit(raw)), raw)
+    assert torch.allclose(spec.to_raw(torch.tensor([[9.0, -9.0]])), torch.tensor([[1.0, -2.0]]))
+
+
+@pytest.mark.parametrize("high", [np.inf, -1.0, np.nan])
+def test_bounds_have_to_be_finite_and_in_order(high: float) -> None:
+    with pytest.raises(UserError, match="action component 1"):
+        Box((-1.0, -1.0), (1.0, high))
+
+
+def test_spec_survives_json(spec: Spec) -> None:
+    assert Spec.from_json(spec.to_json()) == spec
+
+
+def test_known_rows_are_imposed() -> None:
+    known = Known(torch.ones(1, 2, 2), torch.tensor([[[True, False], [False, False]]]))
+    assert known.impose(torch.zeros(1, 2, 2)).tolist() == [[[1.0, 0.0], [0.0, 0.0]]]

@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from offline_cai import config
+from offline_cai.algorithms.bc import BC, BCConfig
+from offline_cai.core import Spec
+from offline_cai.errors import UserError
+from offline_cai.training import checkpoint
+
+
+def save(folder: Path, spec: Spec, step: int = 1, keep: int = 2) -> Path:
+    bc = BC(spec, BCConfig(hidden=(4,)))
+    export = checkpoint.Export("bc", bc.config, spec, bc.state_dict())
+    return checkpoint.save(folder, step, export, {"model/x": torch.arange(3.0)}, {"note": 1}, keep)
+
+
+def test_the_last_ones_are_kept_and_found(tmp_path: Path, spec: Spec) -> None:
+    for step in (1, 2, 10):
+        save(tmp_path / "checkpoints", spec, step)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000002", "step-00000010"]
+    assert checkpoint.find(tmp_path).name == "step-00000010"
+    assert checkpoint.find(tmp_path / "checkpoints" / "step-00000002").name == "step-00000002"
+    tensors, state = checkpoint.load_state(checkpoint.find(tmp_path))
+    assert tensors["model/x"].tolist() == [0, 1, 2] and state == {"step": 10, "note": 1}
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        checkpoint.find(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["export/model.safetensors", "export/config.json", "state/training.safetensors"])
+def test_a_changed_or_missing_file_is_found_out(tmp_path: Path, spec: Spec, name: str) -> None:
+    path = save(tmp_path, spec)
+    data = bytearray((path / name).read_bytes())
+    data[-2] ^= 1
+    (path / name).write_bytes(data)
+    with pytest.raises(UserError, match=r"differs from what was written"):
+        checkpoint.load(path)
+    (path / name).unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load(path)
+
+
+def test_a_half_written_checkpoint_is_none(tmp_path: Path, spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "checkpoints", spec, 1)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"step-00000002.*no space left.*Earlier checkpoints are untouched"):
+        save(tmp_path / "checkpoints", spec, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    checkpoint.load(tmp_path)
+
+
+def rewrite(path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    """Change the export's config and make the manifest agree, as someone editing by hand might."""
+    file = path / "export" / "config.json"
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sha256"]["export/config.json"] = checkpoint._digest(file)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_weights_of_another_shape_or_name_are_named(tmp_path: Path, spec: Spec) -> None:
+    path = save(tmp_path, spec)
+    rewrite(path, lambda data: data["config"].update(hidden=[5]))
+    with pytest.raises(UserError, match=r"'actor.0.weight' has shape \(4, 8\).*makes it \(5, 8\)"):
+        checkpoint.load(path)
+    rewrite(path, lambda data: data["config"].update(hidden=[4, 4]))
+    with pytest.raises(UserError, match=r"'actor\..*(missing|shape)"):
+        checkpoint.load(path)
+    rewrite(path, lambda data: data["config"].update(hiden=[4]))
+    with pytest.raises(UserError, match="did you mean 'hidden'"):
+        checkpoint.load(path)
+
+
+def test_an_export_says_what_it_is(tmp_path: Path, spec: Spec) -> None:
+    path = save(tmp_path, spec)
+    data = json.loads((path / "export" / "config.json").read_text())
+    assert data["algorithm"] == "bc" and data["config"] == config.to_dict(BCConfig(hidden=(4,)))
+    assert {p.suffix for p in path.rglob("*") if p.is_file()} == {".json", ".safetensors"}, "nothing to execute"

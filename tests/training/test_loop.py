@@ -1,0 +1,188 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from offline_cai import commands
+from offline_cai.data import minari
+from offline_cai.errors import Interrupted, UserError
+from offline_cai.training import checkpoint, experiment, loop, trackers
+from offline_cai.training.experiment import Experiment
+
+
+@pytest.fixture
+def exp(dataset: str) -> Experiment:
+    return experiment.load("debug-diffuser")
+
+
+def change(exp: Experiment, **training: object) -> Experiment:
+    return dataclasses.replace(exp, training=dataclasses.replace(exp.training, **training))  # type: ignore[arg-type]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    last = checkpoint.find(run)
+    return load_file(last / "state" / "training.safetensors") | load_file(last / "export" / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_s_folder_holds_what_it_promises(run: Path) -> None:
+    assert {p.name for p in run.iterdir()} >= {
+        "config.yaml",
+        "versions.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+    }
+    rows = trackers.read(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert all({"loss", "grad_norm", "learning_rate", "seconds"} <= row.keys() for row in rows)
+    assert [path.name for path in checkpoint.checkpoints(run / "checkpoints")] == ["step-00000010", "step-00000020"]
+    assert any(path.name.startswith("events") for path in (run / "tensorboard").rglob("*"))
+    exp = commands.resumed(run, {})
+    assert exp == experiment.load("debug-diffuser")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(exp: Experiment, run: Path, tmp_path: Path) -> None:
+    commands.train(exp, tmp_path / "again", quiet=True)
+    assert same(run, tmp_path / "again")
+    commands.train(dataclasses.replace(exp, seed=1), tmp_path / "other", quiet=True)
+    assert not same(run, tmp_path / "other")
+
+
+def test_the_export_holds_the_average_and_the_state_the_raw_weights(exp: Experiment, tmp_path: Path) -> None:
+    runs = {}
+    for ema in (0.0, 0.9):
+        commands.train(change(exp, ema=ema), tmp_path / str(ema), quiet=True)
+        tensors = weights(tmp_path / str(ema))
+        name = next(key for key in tensors if key.startswith("network") and key.endswith("weight"))
+        runs[ema] = (tensors[name], tensors[f"model/{name}"])
+    assert torch.equal(*runs[0.0]) and not torch.equal(*runs[0.9])
+    assert torch.equal(runs[0.0][1], runs[0.9][1]), "averaging does not touch training"
+
+
+def test_a_resumed_run_is_the_same_run(
+    exp: Experiment, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = tmp_path / "half"
+    original = loop.OfflineSource.__call__
+
+    def interrupt(self, step: int):  # type: ignore[no-untyped-def]
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, step)
+
+    monkeypatch.setattr(loop.OfflineSource, "__call__", interrupt)
+    with pytest.raises(Interrupted, match=f"stopped at step 13 of 20. Resume with: offline-cai train --resume {half}"):
+        commands.train(exp, half, quiet=True)
+    assert checkpoint.find(half).name == "step-00000013"
+    monkeypatch.undo()
+    commands.train(commands.resumed(half, {}), half, resume=True, quiet=True)
+    assert same(run, half)
+    assert [row["step"] for row in trackers.read(half / "metrics.jsonl")] == [5, 10, 15, 20]
+
+
+def test_after_a_kill_the_last_checkpoint_resumes(exp: Experiment, run: Path, tmp_path: Path) -> None:
+    """Killed without warning after its first checkpoint, the run goes on from there and ends as if nothing happened."""
+    command = [
+        sys.executable,
+        "-m",
+        "offline_cai",
+        "train",
+        "debug-diffuser",
+        "--quiet",
+        "--output",
+        str(tmp_path / "k"),
+    ]
+    process = subprocess.Popen([*command, "--training.checkpoint_every", "1"])
+    deadline = time.monotonic() + 120
+    while not checkpoint.checkpoints(tmp_path / "k" / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < deadline, "it should have reached a checkpoint"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert int(checkpoint.find(tmp_path / "k").name[5:]) < 20, "it was killed in the middle"
+    commands.train(commands.resumed(tmp_path / "k", {}), tmp_path / "k", resume=True, quiet=True)
+    assert same(run, tmp_path / "k")
+
+
+def test_the_average_follows_its_definition(exp: Experiment, tmp_path: Path) -> None:
+    """Of two steps from w0: average = decay^2 w0 + decay (1 - decay) w1 + (1 - decay) w2."""
+    two = change(exp, steps=2, checkpoint_every=1, ema=0.75)
+    commands.train(two, tmp_path / "r", quiet=True)
+    states = [
+        load_file(p / "state" / "training.safetensors") for p in checkpoint.checkpoints(tmp_path / "r/checkpoints")
+    ]
+    acting = load_file(checkpoint.find(tmp_path / "r") / "export" / "model.safetensors")
+    first = loop.build(two, minari.trajectories(two.dataset)).state_dict()
+    for name in (key for key in first if key.startswith("network")):
+        w0, w1, w2 = first[name], *(state[f"model/{name}"] for state in states)
+        assert torch.allclose(acting[name], 0.75**2 * w0 + 0.75 * 0.25 * w1 + 0.25 * w2, atol=1e-6), name
+
+
+def test_the_learning_rate_is_a_function_of_the_step() -> None:
+    def rate(step: int, **settings: object) -> float:
+        stand_in = type("S", (), {"config": experiment.TrainingConfig(steps=1000, **settings)})()  # type: ignore[arg-type]
+        return loop.TrainingState.learning_rate(stand_in, step)  # type: ignore[arg-type]
+
+    assert rate(0) == pytest.approx(1e-5, rel=1e-3) and rate(99) == pytest.approx(1e-3, rel=0.03)
+    assert rate(1000) == pytest.approx(2e-5) and rate(999) < rate(500) < rate(150)
+    assert rate(999, schedule="constant") == 1e-3
+
+
+def test_an_existing_folder_is_not_overwritten(exp: Experiment, run: Path) -> None:
+    before = (run / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=r"is not empty and is not overwritten.*--resume"):
+        commands.train(exp, run, quiet=True)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_divergence_is_said_and_not_saved(exp: Experiment, tmp_path: Path) -> None:
+    wild = change(exp, learning_rate=1e30, clip=None, warmup=1, log_every=1, checkpoint_every=1000)
+    with pytest.raises(
+        UserError, match=r"training diverged: \w+ is (nan|inf) at step \d+. Lower training.learning_rate"
+    ):
+        commands.train(wild, tmp_path / "wild", quiet=True)
+    assert not checkpoint.checkpoints(tmp_path / "wild" / "checkpoints")
+
+
+def test_a_resume_with_another_model_names_the_tensor(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(run, tmp_path / "r")
+    with pytest.raises(UserError, match=r"tensor '.*' has shape .* but this config makes it .*resume with the config"):
+        commands.train(
+            commands.resumed(tmp_path / "r", {"model.channels": "16"}), tmp_path / "r", resume=True, quiet=True
+        )
+
+
+def test_metrics_survive_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n" + '{"step": 2, "lo')
+    assert trackers.read(path) == [{"step": 1, "loss": 2.0}]
+    trackers.MetricsFile(path, resume_step=1).close()
+    assert path.read_text() == json.dumps({"step": 1, "loss": 2.0}) + "\n"
+
+
+def test_the_global_batch_is_what_processes_share(dataset: str) -> None:
+    from offline_cai.data import minari
+    from offline_cai.data.windows import Windows
+    from offline_cai.training.sources import OfflineSource
+
+    windows = Windows(minari.trajectories(dataset), 4, 2)
+    whole = OfflineSource(windows, 8, seed=1)(5)
+    parts = [OfflineSource(windows, 8, seed=1, rank=r, processes=2)(5) for r in range(2)]
+    assert np.array_equal(whole.obs, torch.cat([part.obs for part in parts]))
+    assert torch.equal(whole.key, torch.cat([part.key for part in parts]))
