@@ -42,7 +42,7 @@ bench-exactness: $(READY)  ## Exactness and cost of the inference core
 
 wheel: $(READY)  ## Build dist/*.whl
 	@rm -rf dist build
-	@$(BIN)/python -m build --wheel --outdir dist .
+	@$(BIN)/python -m build --wheel --no-isolation --outdir dist .
 
 clean:  ## Remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info

@@ -198,8 +198,21 @@ def evaluate(
         paths = {key: np.stack([e.obs for e in result.episodes]) for key, result in results.items() if _even(result)}
         arrays: dict[str, Any] = {key: value.astype(np.float32) for key, value in paths.items()}
         np.savez_compressed(folder / "paths.npz", **arrays)
+        _draw_paths(folder / "paths.png", protocol, results)
     note_stage(run, "evaluate", time.monotonic() - began)
     return data
+
+
+def _draw_paths(path: Path, protocol: evaluation.Protocol, results: Mapping[str, evaluation.Result]) -> None:
+    """The first forty executed paths of each policy, where the environment is a maze."""
+    env = protocol.make()
+    if hasattr(env.unwrapped, "maze"):
+        spec = env_spec(env)
+        position, goal = spec.columns("achieved_goal"), spec.columns("desired_goal")
+        paths = {name: [e.obs[:, position] for e in result.episodes[:40]] for name, result in results.items()}
+        target = next(iter(results.values())).episodes[0].obs[0, goal]
+        path.write_bytes(plots.png(plots.executed(Maze.of(env), paths, target)))
+    env.close()
 
 
 def _even(result: evaluation.Result) -> bool:

@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 
 from offline_cai import config
-from offline_cai.core import Spec
-from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import UserError
 from offline_cai.evaluation import plots
-from offline_cai.evaluation.evaluate import protocol as load_protocol
 from offline_cai.training import trackers
 
 _STYLE = """
@@ -119,31 +116,14 @@ def _scores(run: Path) -> str:
         "last column compares start by start."
     )
     parts = [f"<h2>Score</h2><p class=score>{html.escape(score_line(data))}</p>", _table(rows, head)]
-    parts += [f"<p class=note>{html.escape(note)}</p>", _executed(run, protocol["name"])]
+    parts.append(f"<p class=note>{html.escape(note)}</p>")
+    picture = run / "evaluation" / "paths.png"
+    if picture.is_file():
+        caption = "Paths executed in the simulator; dots are starts, the star is the goal."
+        parts.append(_image(picture.read_bytes(), caption))
     if data["planner"]:
         parts.append(f"<h2>Planner</h2>{_pairs(data['planner'])}")
     return "\n".join(parts)
-
-
-def _executed(run: Path, name: str, most: int = 40) -> str:
-    path, spec = run / "evaluation" / "paths.npz", _spec(run)
-    if not path.is_file() or spec is None:
-        return ""
-    env = load_protocol(name).make()
-    position, goal = spec.columns("achieved_goal"), spec.columns("desired_goal")
-    with np.load(path, allow_pickle=False) as arrays:
-        paths = {key: list(arrays[key][:most, :, position]) for key in arrays.files}
-        target = arrays[arrays.files[0]][0, 0, goal]
-    figure = plots.executed(Maze.of(env), paths, target)
-    env.close()
-    return _image(
-        plots.png(figure), f"Executed paths of the first {most} episodes; dots are starts, the star is the goal."
-    )
-
-
-def _spec(run: Path) -> Spec | None:
-    found = sorted(run.glob("checkpoints/step-*/export/config.json"))
-    return Spec.from_json(json.loads(found[-1].read_text())["spec"]) if found else None
 
 
 def _plans(run: Path) -> str:
@@ -156,7 +136,9 @@ def _plans(run: Path) -> str:
         "Plans for new starts (dot) and goals (star): planned rows and the path that the tracker follows through them.",
     )
     movie = _image(
-        (folder / "denoising.gif").read_bytes(), "The denoising of one plan, slowed down for the eye.", "gif"
+        (folder / "denoising.gif").read_bytes(),
+        "The denoising of the first of these plans, in more steps than planning takes and slowed down for the eye.",
+        "gif",
     )
     return f"<h2>Plans</h2>{picture}<div class=side>{movie}<div>{_pairs(facts)}</div></div>"
 
@@ -174,7 +156,8 @@ def _stages(run: Path) -> str:
     stages = _json(run / "stages.json")
     if not stages:
         return ""
-    rows = [[name, f"{seconds:.1f} s"] for name, seconds in stages.items()]
+    order = ["collect", "train", "plan", "evaluate"]
+    rows = [[name, f"{stages[name]:.1f} s"] for name in sorted(stages, key=order.index)]
     return f"<h2>Time</h2>{_table([*rows, ['together', f'{sum(stages.values()):.1f} s']], ['stage', 'wall time'])}"
 
 

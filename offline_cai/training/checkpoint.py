@@ -104,12 +104,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
 
 
-def find(path: Path) -> Path:
+def find(path: Path | str) -> Path:
     """The checkpoint that a user means: one by its folder, or the last of a run.
 
     Raises:
         UserError: there is none.
     """
+    path = Path(path)
     if (path / "manifest.json").is_file():
         return path
     found = checkpoints(path / "checkpoints") or checkpoints(path)
@@ -137,7 +138,7 @@ def verify(path: Path) -> None:
         raise UserError(f"the checkpoint {path} is damaged ({error}). Take another of its run.") from None
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> Algorithm:
+def load(path: Path | str, device: torch.device | str = "cpu") -> Algorithm:
     """The algorithm of a checkpoint, ready to act: its own weights, normalisers and spec; no dataset is needed.
 
     Raises:

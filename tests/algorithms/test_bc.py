@@ -3,28 +3,42 @@ import torch
 from accelerate import Accelerator
 
 from offline_cai.algorithms.bc import BC, BCConfig
-from offline_cai.core import Episode, Spec
+from offline_cai.core import Box, Episode, Field, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
+from offline_cai.inference.gaussian import LinearGaussian
 from offline_cai.training.experiment import TrainingConfig
 from offline_cai.training.loop import TrainingState
 
 
-def test_it_learns_a_policy_in_raw_units(spec: Spec) -> None:
-    """Actions are tanh of a linear function, scaled to bounds of 1 and 2: within reach of the actor."""
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=(8, 2)) * 0.5
-    obs = rng.normal(size=(10_001, 8))
-    action = np.tanh(obs[:-1] @ weights) * np.array([1.0, 2.0])
-    store = Trajectories.from_episodes(spec, [Episode(obs, action, np.zeros(10_000), False)])
+def test_it_finds_the_mean_of_a_linear_gaussian_behaviour() -> None:
+    """The behaviour prior p(a | s) = N(K s + k, U) of the exact core: least squares finds its mean, in raw units."""
+    gain, offset = torch.tensor([[0.3, -0.2], [0.8, 0.5]]), torch.tensor([0.1, -0.3])
+    prior = LinearGaussian(
+        0.5 * torch.eye(2),
+        0.3 * torch.eye(2),
+        horizon=20,
+        initial_mean=[0.0, 0.0],
+        initial_covariance=0.5 * torch.eye(2),
+        action_covariance=torch.diag(torch.tensor([0.04, 0.16])),
+        noise_covariance=0.1 * torch.eye(2),
+        gain=gain,
+        offset=offset,
+    )
+    rows = prior.sample(600, torch.Generator().manual_seed(0)).numpy()
+    spec = Spec((Field("observation", 2),), Box((-3.0, -6.0), (3.0, 6.0)))
+    assert (np.abs(rows[..., 2:]) < spec.action.high).all(), "the bounds cut nothing off"
+    data = [Episode(x[:, :2], x[:-1, 2:], np.zeros(19), False) for x in rows]
+    store = Trajectories.from_episodes(spec, data)
     torch.manual_seed(0)
-    bc = BC(spec, BCConfig(hidden=(32,)))
+    bc = BC(spec, BCConfig(hidden=(64,)))
     bc.fit(store.obs, store.action)
-    state, windows = TrainingState(bc, TrainingConfig(steps=600, clip=None), Accelerator(cpu=True)), Windows(store, 1)
-    for step in range(600):
+    config, windows, rng = TrainingConfig(steps=1500, clip=None), Windows(store, 1), np.random.default_rng(0)
+    state = TrainingState(bc, config, Accelerator(cpu=True))
+    for step in range(config.steps):
         state.set_learning_rate(step)
-        bc.update(windows.gather(rng.integers(10_000, size=128), torch.zeros(128, dtype=torch.int64)), state)
-    fresh = rng.normal(size=(500, 8))
-    wanted = np.tanh(fresh @ weights) * np.array([1.0, 2.0])
-    error = bc.policy().act(fresh)[0] - wanted
-    assert (error.std(0) < 0.25 * wanted.std(0)).all()
+        bc.update(windows.gather(rng.choice(windows.starts, size=256), torch.zeros(256, dtype=torch.int64)), state)
+    fresh = prior.sample(200, torch.Generator().manual_seed(1))[..., :2].reshape(-1, 2)
+    wanted = (fresh.float() @ gain.T + offset).numpy()
+    error = bc.policy().act(fresh.numpy())[0] - wanted
+    assert (np.sqrt((error**2).mean(0)) < 0.2 * wanted.std(0)).all()

@@ -11,6 +11,7 @@ from offline_cai.core import Known
 from offline_cai.diffusion.sampler import ddim, ddpm, levels_of
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
+from offline_cai.inference.gaussian import LinearGaussian
 
 SHAPE = (3, 4, 2)
 KEY = seeding.keys(0, 0, torch.arange(SHAPE[0]))
@@ -83,6 +84,51 @@ def test_on_gaussian_data_samples_have_the_sampler_s_own_law(steps: int, eta: fl
     assert abs(x.var() - variance) < 4 * variance * np.sqrt(2 / n)
     if steps == 64:
         assert mean == pytest.approx(m, abs=0.01) and variance == pytest.approx(s2, rel=0.15), "near the data's law"
+
+
+@pytest.mark.parametrize(("steps", "eta"), [(4, 0.0), (64, 0.0), (64, 1.0)])
+def test_with_a_perfect_denoiser_the_law_of_samples_is_the_computed_one(steps: int, eta: float) -> None:
+    """Trajectories of a linear-Gaussian process, denoised by the exact core: each step is affine in x.
+
+    Mean and covariance of what the sampler should give are propagated through those steps; the samples have to agree
+    within four standard errors, and that law has to be near the process's own where the steps are many.
+    """
+    prior = LinearGaussian(
+        [[1.0, 0.2], [0.0, 0.9]],
+        [[0.0], [0.3]],
+        horizon=4,
+        initial_mean=[0.3, -0.2],
+        initial_covariance=0.2 * torch.eye(2),
+        action_covariance=[[0.3]],
+        noise_covariance=0.05 * torch.eye(2),
+    )
+    schedule, n, size = Schedule(64), 20_000, 4 * 3
+
+    def exact(x: Tensor, k: Tensor) -> Tensor:
+        return prior.denoise(x, float(schedule.abar_at(k[:1])))
+
+    mean, covariance, one = torch.zeros(size).double(), torch.eye(size).double(), torch.eye(size).double()
+    levels = levels_of(schedule, steps)
+    for level, following in zip(levels, [*levels[1:], -1], strict=True):
+        k = torch.tensor([level])
+        a, b = (schedule.abar_at(torch.tensor([i])).double().flatten() for i in (level, following))
+        sigma2 = eta**2 * (1 - b) / (1 - a) * (1 - a / b) * (following >= 0)
+        at_zero = exact(torch.zeros(1, 4, 3).double(), k).reshape(size)
+        jacobian = (exact(one.reshape(size, 4, 3), k).reshape(size, size) - at_zero).T
+        slope = (1 - b - sigma2).sqrt() / (1 - a).sqrt()
+        through = b.sqrt() - slope * a.sqrt()
+        step = through * jacobian + slope * one
+        mean, covariance = step @ mean + through * at_zero, step @ covariance @ step.T + sigma2 * one
+
+    nothing = Known(torch.zeros(n, 4, 3).double(), torch.zeros(n, 4, 3, dtype=torch.bool))
+    x = ddim(exact, schedule, nothing, seeding.keys(2, 0, torch.arange(n)), steps, eta, clip=None).reshape(n, size)
+    variance = covariance.diagonal()
+    assert ((x.mean(0) - mean).abs() < 4 * (variance / n).sqrt()).all()
+    spread = ((variance[:, None] * variance[None] + covariance**2) / n).sqrt()
+    assert ((x.T.cov() - covariance).abs() < 4 * spread).all()
+    if steps == 64:
+        assert torch.allclose(mean, prior.mean.reshape(size), atol=0.02)
+        assert torch.allclose(covariance, prior.covariance, atol=0.06)
 
 
 def test_known_rows_hold_at_every_step_and_are_seen_by_the_denoiser() -> None:

@@ -1,0 +1,85 @@
+"""The README's commands and code run as written, on recipes that take seconds."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offline_cai import algorithms
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text()
+SHORT = {
+    "diffuser-pointmaze-umaze": "debug-diffuser",
+    "bc-pointmaze-umaze": "debug-bc",
+    "offline-cai/pointmaze/umaze-v0": "offline-cai/pointmaze/debug-v0",
+    "pointmaze-umaze": "debug-umaze",
+    "--training.steps 2000": "--training.steps 10",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def short(line: str) -> str:
+    for name, replacement in SHORT.items():
+        line = line.replace(name, replacement)
+    return line
+
+
+def test_the_step_by_step_commands_and_the_code_run_as_written(tmp_path: Path) -> None:
+    env = {
+        **os.environ,
+        "MINARI_DATASETS_PATH": str(tmp_path / "datasets"),
+        "OFFLINE_CAI_CACHE": str(tmp_path / "cache"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+    def run(command: list[str]) -> str:
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert result.returncode == 0, f"{command}: {result.stderr[-2000:]}"
+        return result.stdout
+
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    steps = [short(line) for line in lines if line.startswith(("offline-cai", "minari"))]
+    assert len(steps) >= 8, "the README lost its commands"
+    said = [run(step.split()) for step in steps]
+    assert any("score: planner" in text for text in said) and (tmp_path / "runs/umaze/report.html").is_file()
+    for code in blocks("python"):
+        assert run([sys.executable, "-c", code]) == "(2, 2)\n"
+
+
+def test_the_two_commands_exist_and_install_from_the_constraints() -> None:
+    two = [line for line in blocks("bash")[0].splitlines() if line]
+    assert two == ["make demo", "make test"]
+    for line in two:
+        plan = subprocess.run([*line.split(), "-n", "-B"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+        assert "--constraint constraints.txt" in plan and "-m venv .venv" in plan
+        assert ("offline-cai demo" if "demo" in line else "pytest") in plan
+
+
+def test_what_the_readme_points_to_is_there() -> None:
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    assert links and not [link for link in links if not (REPOSITORY / link).exists()]
+    for name in algorithms.names():
+        assert f"algorithms/{name}.py" in README, f"{name} is missing from the algorithm table"
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README):
+        assert f"def {test}(" in (REPOSITORY / file).read_text(), f"{file}::{test} does not exist"
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "Makefile"]
+)
+def test_the_files_of_a_project_that_people_join_are_there(name: str) -> None:
+    assert (REPOSITORY / name).stat().st_size > 500
+
+
+def test_the_map_of_the_code_names_every_module() -> None:
+    text = (REPOSITORY / "ARCHITECTURE.md").read_text()
+    for path in (REPOSITORY / "offline_cai").rglob("*.py"):
+        if path.stem not in ("__init__", "__main__") and path.parent.name not in ("algorithms", "inference"):
+            assert path.stem in text, f"{path.relative_to(REPOSITORY)} is not in ARCHITECTURE.md"
