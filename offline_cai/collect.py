@@ -1,22 +1,187 @@
-"""Collect a dataset in a simulator with a scripted policy, as a recipe in datasets/ says, and write it with Minari."""
+"""Collect a dataset in a simulator, as a recipe in datasets/ says, and write it with Minari.
+
+A collection is made of parts, each a function of the recipe and its number. Finished parts are kept beside the datasets
+until the last one is done, so a collection that was stopped goes on where it was and gives the same data.
+"""
 
 import hashlib
 import json
+import os
+import shutil
 import time
-from dataclasses import dataclass, field
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
-from offline_cai import config
+from offline_cai import config, provenance, seeding
+from offline_cai.core import Episode, Policy, Spec
 from offline_cai.data import minari, scores
-from offline_cai.environments.behaviour import MazeController
+from offline_cai.environments.actors import Actor, Mode
+from offline_cai.environments.behaviour import MazeController, Noisy, RandomPolicy
 from offline_cai.environments.make import env_spec, make, vectorise
 from offline_cai.environments.maze2d import Maze
 from offline_cai.environments.rollout import rollout
-from offline_cai.errors import UserError
+from offline_cai.errors import Interrupted, UserError, did_you_mean
 from offline_cai.evaluation.evaluate import protocol
+
+# Behaviours ----------------------------------------------------------------------------------------------------------
+
+
+class Behaviour(Protocol):
+    """Who acts: what stands in a recipe's `behaviour` beside `policy` and `share`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str | None:
+        """A hash of the file that it acts from, None without one."""
+        ...
+
+    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy: ...
+
+
+@dataclass(frozen=True)
+class Controller:
+    """The scripted controller of the point mazes."""
+
+    kp: float = 10.0
+    """Action per metre to the next waypoint."""
+    kd: float = 1.0
+    """Action per metre per second."""
+    noise: float = 0.5
+    """Standard deviation of the noise on actions."""
+    jitter: float = 0.1
+    """Metres by which waypoints are moved at most."""
+    switch: float = 0.1
+    """Metres to a waypoint within which the next one is taken."""
+
+    name = "scripted maze controller"
+    digest = None
+
+    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
+        return MazeController(spec, _maze(environment), seed, **asdict(self))
+
+
+@dataclass(frozen=True)
+class Random:
+    """Uniform actions."""
+
+    name = "random"
+    digest = None
+
+    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
+        return RandomPolicy(spec, seed)
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """An actor from an .npz file, with noise."""
+
+    file: str
+    """A path, or a name in datasets/actors/."""
+    mode: Mode = "stochastic"
+    """stochastic, or deterministic: the mean of its Gaussian."""
+    gaussian: float = 0.0
+    """Standard deviation of noise added to actions in [-1, 1] space."""
+    epsilon: float = 0.0
+    """Probability of a uniform action instead."""
+
+    @property
+    def name(self) -> str:
+        return f"actor {Path(self.file).stem}, {self.mode}{_noise(self.gaussian, self.epsilon)}"
+
+    @property
+    def digest(self) -> str:
+        return _digest(self._path)
+
+    @property
+    def _path(self) -> Path:
+        return config.find(self.file, "datasets/actors")
+
+    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
+        return _noisy(Actor(self._path, spec, seed, self.mode), spec, seed, self.gaussian, self.epsilon)
+
+
+@dataclass(frozen=True)
+class FromRun:
+    """The policy of a run of this package, with noise."""
+
+    run: str | None = None
+    """A run's folder or one of its checkpoints."""
+    gaussian: float = 0.0
+    """Standard deviation of noise added to actions in [-1, 1] space."""
+    epsilon: float = 0.0
+    """Probability of a uniform action instead."""
+
+    @property
+    def name(self) -> str:
+        return f"policy of the run {self.run}{_noise(self.gaussian, self.epsilon)}"
+
+    @property
+    def digest(self) -> str:
+        return _digest(self._checkpoint / "manifest.json")
+
+    @property
+    def _checkpoint(self) -> Path:
+        from offline_cai.training import checkpoint
+
+        if self.run is None:
+            raise UserError(
+                "this recipe collects with a policy that was trained here, and names none: say which one acts with "
+                "--behaviour.run RUN, a run's folder or one of its checkpoints."
+            )
+        return checkpoint.find(self.run)
+
+    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
+        from offline_cai.training import checkpoint
+
+        algorithm = checkpoint.load(self._checkpoint)
+        if (algorithm.spec.obs, algorithm.spec.action) != (spec.obs, spec.action):
+            raise UserError(
+                f"the run {self.run} was trained for observations {_fields(algorithm.spec)} and actions of width "
+                f"{algorithm.spec.action_width}, but the environment has {_fields(spec)} and {spec.action_width}: "
+                "name a run on data of this environment, or another --environment."
+            )
+        return _noisy(algorithm.policy(seed=seed), spec, seed, self.gaussian, self.epsilon)
+
+
+BEHAVIOURS: Mapping[str, Callable[..., Behaviour]] = {
+    "maze-controller": Controller,
+    "actor": FromFile,
+    "checkpoint": FromRun,
+    "random": Random,
+}
+
+
+def _maze(environments: VectorEnv) -> Maze:
+    return Maze.of(environments.envs[0])  # type: ignore[attr-defined]
+
+
+def _noisy(policy: Policy, spec: Spec, seed: int, gaussian: float, epsilon: float) -> Policy:
+    return Noisy(policy, spec, seed, gaussian, epsilon) if gaussian or epsilon else policy
+
+
+def _noise(gaussian: float, epsilon: float) -> str:
+    return "".join(f", {name} {value}" for name, value in (("gaussian", gaussian), ("epsilon", epsilon)) if value)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _fields(spec: Spec) -> str:
+    return "(" + ", ".join(f"{part.name}: {part.width}" for part in spec.obs) + ")"
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -35,24 +200,61 @@ class Recipe:
     """Licence of the data."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of gymnasium.make."""
-    behaviour: dict[str, float] = field(default_factory=dict)
-    """Arguments of the maze controller: kp, kd, noise, jitter, switch."""
+    behaviour: dict[str, Any] | tuple[dict[str, Any], ...] = field(default_factory=dict)
+    """Who acts: `policy` (maze-controller, actor, checkpoint or random) and its arguments. A list of them is a mixture,
+    one after the other, each with its `share` of the steps."""
     steps: int = 200_000
-    """Time steps, a multiple of the number of environments."""
+    """Time steps, a multiple of environments × parts for each behaviour."""
     environments: int = 10
     """Environments side by side."""
+    parts: int = 1
+    """Parts for each behaviour: what a collection that was stopped keeps are whole parts."""
     seed: int = 0
     """Seed of starts, goals and noise."""
 
     def __post_init__(self) -> None:
-        if self.environments < 1 or self.steps < 1 or self.steps % self.environments:
-            raise UserError(
-                f"steps ({self.steps}) has to be a positive multiple of environments ({self.environments})."
-            )
+        for share, _ in self.behaviours:
+            each, grain = self.steps * share, self.environments * self.parts
+            if min(self.steps, self.environments, self.parts) < 1 or abs(each / grain - round(each / grain)) > 1e-9:
+                raise UserError(
+                    f"steps ({self.steps}) has to be a positive multiple of environments × parts "
+                    f"({self.environments} × {self.parts})" + (f", and {share} of it too." if share < 1 else ".")
+                )
+
+    @property
+    def behaviours(self) -> list[tuple[float, Behaviour]]:
+        """(share of the steps, behaviour), in the order of collection.
+
+        Raises:
+            UserError: an unknown policy or argument (with a suggestion), or shares that do not sum to 1.
+        """
+        given = [self.behaviour] if isinstance(self.behaviour, Mapping) else list(self.behaviour)
+        found = [
+            _behaviour(dict(one), f"behaviour[{i}]" if len(given) > 1 else "behaviour") for i, one in enumerate(given)
+        ]
+        if abs(sum(share for share, _ in found) - 1) > 1e-9 or any(share <= 0 for share, _ in found):
+            raise UserError(f"the shares of the behaviours are {[share for share, _ in found]}; they have to sum to 1.")
+        return found
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(config.to_dict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of what decides the data: the recipe and the files that it acts from."""
+        data = {name: value for name, value in config.to_dict(self).items() if (name, value) != ("parts", 1)}
+        digests = [digest for _, behaviour in self.behaviours if (digest := behaviour.digest) is not None]
+        return _hash({**data, "files": digests} if digests else data)
+
+
+def _behaviour(data: dict[str, Any], where: str) -> tuple[float, Behaviour]:
+    policy, share = data.pop("policy", "maze-controller"), data.pop("share", 1.0)
+    if policy not in BEHAVIOURS:
+        raise UserError(f"{where}: there is no policy {policy!r}; {did_you_mean(str(policy), BEHAVIOURS)}")
+    if not isinstance(share, int | float) or isinstance(share, bool):
+        raise UserError(f"{where}: share is {share!r}; it has to be a number between 0 and 1.")
+    return float(share), config.build(BEHAVIOURS[policy], data, where)  # type: ignore[arg-type]
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load(name: str, flags: dict[str, str] | None = None) -> Recipe:
@@ -63,8 +265,12 @@ def load(name: str, flags: dict[str, str] | None = None) -> Recipe:
 
 def recipe_of(dataset_id: str) -> Recipe | None:
     """The shipped recipe that collects a dataset, if there is one."""
-    recipes = (load(name) for name in config.names("datasets"))
-    return next((recipe for recipe in recipes if recipe.id == dataset_id), None)
+    for name in config.names("datasets"):
+        with suppress(UserError):  # files that are no recipes are passed over
+            recipe = load(name)
+            if recipe.id == dataset_id:
+                return recipe
+    return None
 
 
 def collected(recipe: Recipe) -> bool:
@@ -74,42 +280,169 @@ def collected(recipe: Recipe) -> bool:
     return minari.metadata(minari.load(recipe.id)).get("fingerprint") == recipe.fingerprint
 
 
+def controller_arguments(note: Mapping[str, Any]) -> dict[str, float]:
+    """Arguments of the maze controller that collected a dataset, from its metadata; empty if none did."""
+    given = note.get("recipe", {}).get("behaviour", {})
+    for one in [given] if isinstance(given, Mapping) else given:
+        _, behaviour = _behaviour(dict(one), "behaviour")
+        if isinstance(behaviour, Controller):
+            return asdict(behaviour)
+    return {}
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """A piece of a collection that does not depend on the others."""
+
+    number: int
+    behaviour: Behaviour
+    steps: int  # per environment
+    seed: int
+
+
+class Collected(NamedTuple):
+    """What came of a part."""
+
+    episodes: list[Episode]
+    seconds: float
+
+
+def parts(recipe: Recipe) -> list[Part]:
+    """The parts of a collection in the order of the data. The first draws from the recipe's own seed."""
+    found: list[Part] = []
+    for share, behaviour in recipe.behaviours:
+        steps = round(recipe.steps * share) // (recipe.environments * recipe.parts)
+        for number in range(len(found), len(found) + recipe.parts):
+            seed = seeding.key(recipe.seed, number) if number else recipe.seed
+            found.append(Part(number, behaviour, steps, seed))
+    return found
+
+
+def work_folder(recipe: Recipe) -> Path:
+    """Where finished parts are kept meanwhile: one for each recipe and each set of versions, which decide numbers."""
+    versions = {name: value for name, value in provenance.versions().items() if name != "machine"}
+    name = f"{_prefix(recipe)}{_hash([recipe.fingerprint, versions])}"
+    return minari.dataset_root() / name
+
+
+def _prefix(recipe: Recipe) -> str:
+    return f".collecting-{recipe.id.replace('/', '--')}-"
+
+
+def _save(path: Path, part: Collected) -> None:
+    """Write a part: whole or not at all."""
+    columns = {"obs": [e.obs for e in part.episodes], "action": [e.action for e in part.episodes]}
+    columns["reward"] = [e.reward for e in part.episodes]
+    log_probs = [e.log_prob for e in part.episodes if e.log_prob is not None]
+    arrays = {name: np.concatenate(values) for name, values in columns.items()}
+    arrays |= {"log_prob": np.concatenate(log_probs)} if log_probs else {}
+    arrays["lengths"] = np.array([len(e.reward) for e in part.episodes])
+    arrays["terminal"] = np.array([e.terminal for e in part.episodes])
+    arrays["seconds"] = np.array(part.seconds)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot keep a part of the collection in {path}: {error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path, steps: int) -> Collected | None:
+    """A part that was kept; None if there is none or if it is damaged: it is collected again then."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in file.files}
+        lengths = data["lengths"]
+        if lengths.sum() != steps:
+            return None
+        rows = np.split(data["obs"], np.cumsum(lengths + 1)[:-1])
+        cuts = np.cumsum(lengths)[:-1]
+        action, reward = np.split(data["action"], cuts), np.split(data["reward"], cuts)
+        log_prob = np.split(data["log_prob"], cuts) if "log_prob" in data else [None] * len(lengths)
+        ends = [bool(end) for end in data["terminal"]]
+        episodes = [Episode(*one) for one in zip(rows, action, reward, ends, log_prob, strict=True)]
+        return Collected(episodes, float(data["seconds"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+# Collecting ----------------------------------------------------------------------------------------------------------
+
+
 def collect(recipe: Recipe, quiet: bool = False) -> Path:
-    """Run the recipe and write the Minari dataset; returns its folder.
+    """Run the recipe, or what is left of it, and write the Minari dataset; returns its folder.
 
     Raises:
-        UserError: the id exists already (found out before the work), or the environment cannot be made.
+        UserError: the id exists already (found out before the work), or the environment or a policy cannot be made.
+        Interrupted: Ctrl-C; finished parts are kept, and the same call goes on from there.
     """
+    minari.check_id(recipe.id)
     if minari.exists(recipe.id):
         raise UserError(
             f"the dataset {recipe.id!r} exists already in {minari.dataset_root() / recipe.id} and is not overwritten. "
             f"Remove it with `minari delete {recipe.id}`, or collect under another --id."
         )
-    began = time.monotonic()
-    evaluation = protocol(recipe.protocol)
-    env, eval_env = make(recipe.environment, recipe.kwargs), evaluation.make()
-    spec = env_spec(env)
+    evaluation, todo, folder = protocol(recipe.protocol), parts(recipe), work_folder(recipe)
     try:
-        controller = MazeController(spec, Maze.of(env), recipe.seed, **recipe.behaviour)
-    except TypeError as error:
-        raise UserError(f"behaviour of {recipe.id!r}: {error}. It takes kp, kd, noise, jitter and switch.") from None
-    envs = vectorise(lambda: make(recipe.environment, recipe.kwargs), recipe.environments)
-    share = recipe.steps // recipe.environments
-    with tqdm(total=recipe.steps, desc="collect", unit="step", disable=quiet, dynamic_ncols=True) as progress:
-        episodes = rollout(envs, spec, controller, recipe.seed, steps=share, progress=progress.update)
-    note = {"recipe": config.to_dict(recipe), "fingerprint": recipe.fingerprint, "seconds": time.monotonic() - began}
-    folder = minari.write(
-        recipe.id,
-        spec,
-        episodes,
-        env,
-        eval_env,
-        scores.reference(evaluation.score),
-        note,
-        algorithm_name="scripted maze controller",
-        author="offline_cai",
-        description=f"{recipe.description} Licence: {recipe.licence}.",
-    )
-    for each in (envs, env, eval_env):
+        done = _collect_parts(recipe, todo, folder, quiet)
+        env, eval_env = make(recipe.environment, recipe.kwargs), evaluation.make()
+        seconds = sum(part.seconds for part in done)
+        target = minari.write(
+            recipe.id,
+            env_spec(env),
+            [episode for part in done for episode in part.episodes],
+            env,
+            eval_env,
+            scores.reference(evaluation.score),
+            {"recipe": config.to_dict(recipe), "fingerprint": recipe.fingerprint, "seconds": seconds},
+            algorithm_name="; ".join(behaviour.name for _, behaviour in recipe.behaviours),
+            author="offline_cai",
+            description=f"{recipe.description} Licence: {recipe.licence}.",
+        )
+    except KeyboardInterrupt:
+        kept = len(list(folder.glob("part-*.npz")))
+        raise Interrupted(
+            f"{kept} of {len(todo)} parts of {recipe.id} are finished and kept in {folder}. "
+            "The same command goes on from there."
+        ) from None
+    for old in minari.dataset_root().glob(
+        _prefix(recipe) + "[0-9a-f]" * 16
+    ):  # of other settings too: the id is taken now
+        shutil.rmtree(old, ignore_errors=True)
+    for each in (env, eval_env):
         each.close()
-    return folder
+    return target
+
+
+def _collect_parts(recipe: Recipe, todo: list[Part], folder: Path, quiet: bool) -> list[Collected]:
+    """All parts in order, the kept ones from the folder."""
+    paths = [folder / f"part-{part.number:04d}.npz" for part in todo]
+    kept = [_read(path, part.steps * recipe.environments) for path, part in zip(paths, todo, strict=True)]
+    envs = vectorise(lambda: make(recipe.environment, recipe.kwargs), recipe.environments)
+    spec, finished = env_spec(envs.envs[0]), []  # type: ignore[attr-defined]
+    before = sum(part.steps * recipe.environments for part, have in zip(todo, kept, strict=True) if have)
+    if before and not quiet:
+        print(f"going on with {before} of {recipe.steps} steps that were collected before")
+    with tqdm(
+        total=recipe.steps, initial=before, desc="collect", unit="step", disable=quiet, dynamic_ncols=True
+    ) as progress:
+        try:
+            for part, path, have in zip(todo, paths, kept, strict=True):
+                if have is None:
+                    began = time.monotonic()
+                    policy = part.behaviour.policy(envs, spec, part.seed)
+                    episodes = rollout(envs, spec, policy, part.seed, steps=part.steps, progress=progress.update)
+                    have = Collected(episodes, time.monotonic() - began)
+                    _save(path, have)
+                finished.append(have)
+        finally:
+            envs.close()
+    return finished

@@ -1,12 +1,72 @@
-"""Scripted policies that collect data or serve as references."""
+"""Scripted policies that collect data or serve as references, and noise around any policy."""
 
 from collections import deque
+from typing import Literal
 
 import numpy as np
+import torch
 
 from offline_cai import seeding
-from offline_cai.core import Spec
+from offline_cai.core import Policy, Spec
 from offline_cai.environments.maze2d import Maze
+from offline_cai.errors import UserError
+
+
+class SlotNoise:
+    """Rows of `width` draws for each environment and time: functions of (seed, environment, time) alone.
+
+    Time counts the calls since `restart`. `stream` separates the noises of one seed.
+    """
+
+    _BLOCK = 256  # times drawn at once, from one key: less work per draw
+
+    def __init__(self, seed: int, width: int, law: Literal["normal", "uniform"], stream: int = 0) -> None:
+        self._seed, self._width, self._law, self._stream = seed, width, law, stream
+        self.restart()
+
+    def restart(self) -> None:
+        self._time, self._block = 0, np.empty((0, 0, self._width))
+
+    def __call__(self, count: int) -> np.ndarray:
+        """The draws [count, width] of the next time."""
+        block, row = divmod(self._time, self._BLOCK)
+        if row == 0 or len(self._block) != count:
+            keys = seeding.keys(self._seed, block, torch.arange(count))
+            draw = seeding.normal if self._law == "normal" else seeding.uniform
+            self._block = draw(keys, (self._BLOCK, self._width), self._stream).numpy()
+        self._time += 1
+        return self._block[:, row]
+
+
+class Noisy:
+    """Another policy with noise on its actions in [-1, 1] space, clipped there.
+
+    `gaussian` is the standard deviation of what is added to each component; with probability `epsilon` the whole action
+    is uniform instead. The log-probability is None: clipping after the sum leaves no simple density.
+    """
+
+    def __init__(self, policy: Policy, spec: Spec, seed: int, gaussian: float = 0.0, epsilon: float = 0.0) -> None:
+        if gaussian < 0 or not 0 <= epsilon <= 1:
+            raise UserError(
+                f"gaussian is {gaussian} and epsilon {epsilon}; they have to be at least 0, epsilon at most 1."
+            )
+        self._policy, self._spec, self._gaussian, self._epsilon = policy, spec, gaussian, epsilon
+        self._normal = SlotNoise(seed, spec.action_width, "normal", stream=1)
+        self._uniform = SlotNoise(seed, 1 + spec.action_width, "uniform", stream=2)
+
+    def reset(self, done: np.ndarray | None = None) -> None:
+        if done is None:
+            self._normal.restart()
+            self._uniform.restart()
+        self._policy.reset(done)
+
+    def act(self, obs: np.ndarray) -> tuple[np.ndarray, None]:
+        raw, _ = self._policy.act(obs)
+        unit = self._spec.to_unit(torch.as_tensor(raw, dtype=torch.float64)).numpy()
+        unit = unit + self._gaussian * self._normal(len(obs))
+        uniform = self._uniform(len(obs))
+        unit = np.where(uniform[:, :1] < self._epsilon, 2 * uniform[:, 1:] - 1, unit)
+        return self._spec.to_raw(torch.from_numpy(unit)).numpy(), None
 
 
 class RandomPolicy:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from offline_cai import seeding
 from offline_cai.core import Policy, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.environments.behaviour import MazeController, RandomPolicy
@@ -16,10 +17,11 @@ from offline_cai.planning.tracking import Tracker
 
 
 class Setting(NamedTuple):
-    """What references are made from: the protocol's maze, the data, how it was collected, the planner's tracker."""
+    """What references are made from: the protocol's maze if it has one, the data, the arguments of the maze controller
+    that collected them (empty: its defaults), the planner's tracker."""
 
     spec: Spec
-    maze: Maze
+    maze: Maze | None
     data: Trajectories
     behaviour: Mapping[str, Any]
     tracker: Tracker
@@ -27,18 +29,29 @@ class Setting(NamedTuple):
     seed: int
 
 
+def _maze(s: Setting, name: str) -> Maze:
+    if s.maze is None:
+        raise UserError(
+            f"the reference {name!r} needs a maze, and this protocol's environment has none: leave it out of the "
+            "protocol's references."
+        )
+    return s.maze
+
+
 def controller(s: Setting) -> Policy:
     """The data-collecting controller as it collected, with its noise."""
-    return MazeController(s.spec, s.maze, s.seed, **s.behaviour)
+    return MazeController(s.spec, _maze(s, "controller"), seeding.seed_of(s.seed, 1), **s.behaviour)
 
 
 def controller_without_noise(s: Setting) -> Policy:
     """The data-collecting controller without action noise."""
-    return MazeController(s.spec, s.maze, s.seed, **{**s.behaviour, "noise": 0.0})
+    settings = {**s.behaviour, "noise": 0.0}
+    return MazeController(s.spec, _maze(s, "controller without noise"), seeding.seed_of(s.seed, 2), **settings)
 
 
 def occupancy_path(s: Setting) -> Policy:
     """The shortest path over the data's occupancy grid, followed by the planner's own tracker and gains."""
+    _maze(s, "occupancy path")
     if s.spec.dt is None:
         raise UserError("the occupancy path needs the simulator's seconds per step, and it does not tell them.")
     states = np.asarray(s.data.obs[:, s.data.spec.columns("observation")])
@@ -49,7 +62,7 @@ def occupancy_path(s: Setting) -> Policy:
 
 def random(s: Setting) -> Policy:
     """Uniformly random actions."""
-    return RandomPolicy(s.spec, s.seed)
+    return RandomPolicy(s.spec, seeding.seed_of(s.seed, 3))
 
 
 REFERENCES: Mapping[str, Callable[[Setting], Policy]] = {
