@@ -3,7 +3,7 @@
 Both keep their numbers as buffers, so they travel with the weights and an exported model acts without its dataset.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,43 +11,128 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from offline_cai.core import Batch, Spec
+from offline_cai.core import Batch, Chunks, Spec
 
-NormaliserKind = Literal["limits", "gaussian"]
+NormaliserKind = Literal["limits", "gaussian", "quantile", "none"]
+KNOTS = 257  # of the quantile normaliser
+SAMPLE = 1 << 17  # rows that its quantiles are taken from, evenly spread over the data
 
 
 class Normaliser(nn.Module):
-    """x -> (x - shift) / scale, per column. `limits` maps the data's range to [-1, 1], `gaussian` gives unit variance.
+    """A monotone map per column, fitted in one pass; `decode` inverts `encode`.
 
-    A column that does not vary gets scale 1.
+    - limits: the data's range to [-1, 1]. gaussian: zero mean and unit variance. none: as it is.
+    - quantile: the empirical distribution function, scaled to [-1, 1] and linear between KNOTS quantiles of SAMPLE
+      rows; beyond the data it goes on with slope 1 in units of half the data's range. A value that holds much of the
+      mass (a flat stretch of the quantiles) maps to the middle of its stretch, and back to itself.
+
+    A column that does not vary is shifted to zero with scale 1.
     """
 
     shift: Tensor
     scale: Tensor
+    knots: Tensor  # [columns, KNOTS], values; of the quantile normaliser only
+    levels: Tensor  # [columns, KNOTS], where they map to
 
     def __init__(self, width: int, kind: NormaliserKind = "limits") -> None:
         super().__init__()
         self.kind = kind
         self.register_buffer("shift", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
+        if kind == "quantile":
+            self.register_buffer("knots", torch.linspace(-1, 1, KNOTS).repeat(width, 1))
+            self.register_buffer("levels", torch.linspace(-1, 1, KNOTS).repeat(width, 1))
 
-    def fit(self, data: np.ndarray) -> None:
-        """Set the statistics from data [M, width]."""
-        data = np.asarray(data, dtype=np.float64)
-        if self.kind == "limits":
-            low, high = data.min(0), data.max(0)
-            shift, scale = (low + high) / 2, (high - low) / 2
-        else:
-            shift, scale = data.mean(0), data.std(0)
-        scale = np.where(scale > 1e-6 * np.maximum(1, np.abs(shift)), scale, 1.0)
-        self.shift.copy_(torch.from_numpy(shift))
+    def fit(self, parts: Iterable[np.ndarray]) -> None:
+        """Set the statistics from the parts [m, width] of the data, one after the other."""
+        if self.kind == "none":
+            return
+        moments, sample = _Moments(), _Sample()
+        for part in parts:
+            moments.add(part.astype(np.float64))
+            if self.kind == "quantile":
+                sample.add(part)
+        centre, spread = moments.limits() if self.kind in ("limits", "quantile") else moments.gaussian()
+        scale = np.where(spread > 1e-6 * np.maximum(1, np.abs(centre)), spread, 1.0)
+        self.shift.copy_(torch.from_numpy(centre))
         self.scale.copy_(torch.from_numpy(scale))
+        if self.kind == "quantile":
+            for column, values in enumerate(sample.rows().T):
+                knots, levels = _distribution((values - centre[column]) / scale[column])
+                self.knots[column].copy_(torch.from_numpy(knots))
+                self.levels[column].copy_(torch.from_numpy(levels))
 
     def encode(self, x: Tensor) -> Tensor:
-        return (x - self.shift) / self.scale
+        x = (x - self.shift) / self.scale
+        return _piecewise(x, self.knots, self.levels) if self.kind == "quantile" else x
 
     def decode(self, x: Tensor) -> Tensor:
+        if self.kind == "quantile":
+            x = _piecewise(x, self.levels, self.knots)
         return x * self.scale + self.shift
+
+
+class _Moments:
+    """Count, mean, squared deviations and range of columns, part by part (Chan, Golub and LeVeque 1983)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.square = 0, np.zeros(1), np.zeros(1)
+        self.low, self.high = np.array([np.inf]), np.array([-np.inf])
+
+    def add(self, part: np.ndarray) -> None:
+        if not len(part):
+            return
+        delta, total = part.mean(0) - self.mean, self.count + len(part)
+        self.square = self.square + len(part) * part.var(0) + delta**2 * self.count * len(part) / total
+        self.mean, self.count = self.mean + delta * len(part) / total, total
+        self.low, self.high = np.minimum(self.low, part.min(0)), np.maximum(self.high, part.max(0))
+
+    def limits(self) -> tuple[np.ndarray, np.ndarray]:
+        return (self.low + self.high) / 2, (self.high - self.low) / 2
+
+    def gaussian(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.mean, np.sqrt(self.square / max(self.count, 1))
+
+
+class _Sample:
+    """Every 2^j-th row of what is added, at most SAMPLE of them: j grows with the data."""
+
+    def __init__(self) -> None:
+        self._step, self._seen, self._kept = 1, 0, []  # type: ignore[var-annotated]
+
+    def add(self, part: np.ndarray) -> None:
+        self._kept.append(np.array(part[-self._seen % self._step :: self._step]))
+        self._seen += len(part)
+        while sum(len(kept) for kept in self._kept) > SAMPLE:
+            self._kept, self._step = [np.concatenate(self._kept)[::2]], self._step * 2
+
+    def rows(self) -> np.ndarray:
+        return np.concatenate(self._kept)
+
+
+def _distribution(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Increasing knots [KNOTS] and their levels in [-1, 1]: the quantiles, each flat stretch drawn to its middle."""
+    quantiles, levels = np.quantile(values, np.linspace(0, 1, KNOTS)), np.linspace(-1, 1, KNOTS)
+    knots, inverse = np.unique(quantiles, return_inverse=True)
+    middle = np.bincount(inverse, weights=levels) / np.bincount(inverse)
+    if len(knots) == 1:
+        knots, middle = np.array([knots[0] - 1, knots[0], knots[0] + 1]), np.array([-1.0, 0.0, 1.0])
+    at = np.linspace(0, len(knots) - 1, KNOTS)  # the same number of knots for each column: the rest lie between
+    return np.interp(at, np.arange(len(knots)), knots), np.interp(at, np.arange(len(knots)), middle)
+
+
+def _piecewise(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """x [..., C] through the piecewise linear map from knots [C, K] to values [C, K], per column; slope 1 outside."""
+    flat = x.reshape(-1, x.shape[-1]).T.contiguous()
+    right = torch.searchsorted(knots, flat, right=True).clamp(1, knots.shape[1] - 1)
+    x0, x1 = knots.gather(1, right - 1), knots.gather(1, right)
+    y0, y1 = values.gather(1, right - 1), values.gather(1, right)
+    inside = y0 + (flat - x0) * (y1 - y0) / (x1 - x0).clamp(min=1e-12)
+    low, high = knots[:, :1], knots[:, -1:]
+    out = torch.where(
+        flat < low, values[:, :1] + flat - low, torch.where(flat > high, values[:, -1:] + flat - high, inside)
+    )
+    return out.T.reshape(x.shape)
 
 
 class Codec(nn.Module):
@@ -76,10 +161,11 @@ class Codec(nn.Module):
         self.obs_norm = Normaliser(len(self.columns), normaliser)
         self.action_norm = Normaliser(spec.action_width, normaliser)
 
-    def fit(self, obs: np.ndarray, action: np.ndarray) -> None:
-        """Set the normalisers from rows obs [M, O] and actions [M', A]."""
-        self.obs_norm.fit(obs[:, self.columns])
-        self.action_norm.fit(action)
+    def fit(self, chunks: Chunks) -> None:
+        """Set the normalisers in one pass over the data for each."""
+        self.obs_norm.fit(obs[:, self.columns] for obs, _ in chunks())
+        if self.actions:
+            self.action_norm.fit(action for _, action in chunks())
 
     def encode(self, batch: Batch) -> Tensor:
         x = self.encode_obs(batch.obs[:, : self.rows])

@@ -1,14 +1,14 @@
 """Minari datasets in and out. A dataset is converted once to the trajectory store, which is what training reads."""
 
-import hashlib
 import json
 import os
-import re
+import shutil
 import socket
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,22 @@ import gymnasium as gym
 import minari
 import numpy as np
 from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import parse_dataset_id
 from minari.namespace import create_namespace, list_local_namespaces
 
 from offline_cai import config
 from offline_cai.core import Episode, Spec
+from offline_cai.data import minari_hdf5
+from offline_cai.data.cache import converted
+from offline_cai.data.minari_hdf5 import RawEpisode
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import UserError, did_you_mean
 from offline_cai.spaces import flatten, spec_of, unflatten
-
-_ID = re.compile(r"([-\w]+/)*[-\w]+-v\d+")
 
 
 def dataset_root() -> Path:
     """Where Minari keeps its datasets: MINARI_DATASETS_PATH, or ~/.minari/datasets."""
     return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
-
-
-def cache_root() -> Path:
-    """Where converted stores are kept: OFFLINE_CAI_CACHE, or ~/.cache/offline_cai. Safe to delete."""
-    return Path(os.environ.get("OFFLINE_CAI_CACHE") or Path.home() / ".cache" / "offline_cai")
 
 
 def local_ids() -> list[str]:
@@ -52,10 +49,13 @@ def load(dataset_id: str) -> minari.MinariDataset:
     Raises:
         UserError: it is not there (the nearest ids, and how to collect or download it), or its files are damaged.
     """
+    check_id(dataset_id)
     if not exists(dataset_id):
         raise UserError(_missing(dataset_id))
     try:
         return minari.load_dataset(dataset_id)
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # Minari raises OSError, KeyError, JSONDecodeError, AssertionError and others
         raise _damaged(dataset_id, error) from error
 
@@ -69,14 +69,32 @@ def _damaged(dataset_id: str, error: Exception, episode: int | None = None) -> U
     )
 
 
+def check_id(dataset_id: str) -> None:
+    """Raise a UserError unless Minari takes this id, for reading and for writing."""
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{dataset_id!r} is no Minari dataset id: they read namespace/environment/name-v0.") from None
+    inside = [str(parent) for parent in Path(dataset_id).parents if exists(str(parent))]
+    if inside:
+        raise UserError(f"{dataset_id!r} would lie inside the dataset {inside[0]!r}: take another namespace.")
+
+
+def _recipes() -> dict[str, str]:
+    """Recipe by dataset id; files that are no recipes are passed over."""
+    found = {}
+    for name in config.names("datasets"):
+        with suppress(UserError, OSError):
+            found[str(config.read(config.find(name, "datasets")).get("id"))] = name
+    return found
+
+
 def _missing(dataset_id: str) -> str:
-    if not _ID.fullmatch(dataset_id):
-        return f"{dataset_id!r} is no Minari dataset id: they read namespace/environment/name-v0."
-    recipes = {config.read(config.find(name, "datasets")).get("id"): name for name in config.names("datasets")}
+    recipes = _recipes()
     if dataset_id in recipes:
         how = f"Collect it with `offline-cai collect {recipes[dataset_id]}`."
     else:
-        known = [*local_ids(), *(str(name) for name in recipes if name)]
+        known = {*local_ids(), *recipes}
         how = f"Among those here or that a recipe collects {did_you_mean(dataset_id, known)} "
         how += f"A public one is downloaded with `minari download {dataset_id}`"
         how += "." if _online() else "; but there is no network here now."
@@ -105,21 +123,12 @@ def trajectories(dataset_id: str) -> Trajectories:
             a kind that this version does not train on.
     """
     dataset = load(dataset_id)
-    path = cache_root() / "stores" / f"{dataset_id.replace('/', '--')}-{fingerprint(dataset_id)}"
-    if not path.exists():
+
+    def read() -> tuple[Spec, Iterator[Episode]]:
         spec = spec_of(dataset.observation_space, dataset.action_space, metadata(dataset).get("dt"))
-        where = f"dataset {dataset_id!r} ({dataset_root() / dataset_id})"
-        store = Trajectories.from_episodes(spec, _episodes(dataset, dataset_id, spec), where)
-        store.save(path, {"dataset": dataset_id, "fingerprint": fingerprint(dataset_id)})
-    return Trajectories.open(path)
+        return spec, _episodes(dataset, dataset_id, spec)
 
-
-def fingerprint(dataset_id: str) -> str:
-    """A hash of the names, sizes and times of a dataset's files: changes when they do, costs the same for any size."""
-    folder = dataset_root() / dataset_id / "data"
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    state = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    return converted(dataset_id, dataset_root() / dataset_id, read)
 
 
 def metadata(dataset: minari.MinariDataset) -> dict[str, Any]:
@@ -129,25 +138,34 @@ def metadata(dataset: minari.MinariDataset) -> dict[str, Any]:
 
 
 def _episodes(dataset: minari.MinariDataset, dataset_id: str, spec: Spec) -> Iterator[Episode]:
-    number, iterator = -1, iter(dataset.iterate_episodes())
-    while True:
+    iterator = _raw_episodes(dataset, dataset_id, spec)
+    for number in count():
         try:
-            episode = next(iterator, None)
-            if episode is None:
+            raw = next(iterator, None)
+            if raw is None:
                 return
-            number += 1
-            obs = flatten(spec, episode.observations)
-            action = np.asarray(episode.actions, dtype=np.float64).reshape(len(episode.actions), -1)
-            ends = np.flatnonzero(episode.terminations | episode.truncations)
-        except Exception as error:
-            raise _damaged(dataset_id, error, number + 1) from error
-        if len(ends) and ends[0] < len(episode.rewards) - 1:
+            action = raw.action.reshape(len(raw.action), -1)
+            ends = np.flatnonzero(raw.terminations | raw.truncations)
+        except (UserError, PermissionError, MemoryError):
+            raise
+        except Exception as error:  # h5py and Minari raise OSError, KeyError, ValueError, AssertionError and others
+            raise _damaged(dataset_id, error, number) from error
+        if len(ends) and ends[0] < len(raw.reward) - 1:
             raise UserError(
                 f"dataset {dataset_id!r}, episode {number}: an end is flagged at step {ends[0]}, but the episode goes "
-                f"on to step {len(episode.rewards) - 1}. Split it there."
+                f"on to step {len(raw.reward) - 1}. Split it there."
             )
-        terminal = bool(len(ends) and episode.terminations[-1])
-        yield Episode(obs, action, np.asarray(episode.rewards, dtype=np.float64), terminal)
+        yield Episode(raw.obs, action, raw.reward, bool(len(ends) and raw.terminations[-1]))
+
+
+def _raw_episodes(dataset: minari.MinariDataset, dataset_id: str, spec: Spec) -> Iterator[RawEpisode]:
+    path = dataset_root() / dataset_id / "data" / "main_data.hdf5"
+    if path.is_file():
+        names = [] if isinstance(dataset.observation_space, gym.spaces.Box) else [field.name for field in spec.obs]
+        yield from minari_hdf5.episodes(path, names, dataset.episode_indices)
+        return
+    for e in dataset.iterate_episodes():
+        yield RawEpisode(flatten(spec, e.observations), np.asarray(e.actions), e.rewards, e.terminations, e.truncations)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -171,8 +189,7 @@ def write(
     Raises:
         UserError: the id is not valid or exists already, or the disk refuses.
     """
-    if not _ID.fullmatch(dataset_id):
-        raise UserError(f"{dataset_id!r} is no Minari dataset id: they read namespace/environment/name-v0.")
+    check_id(dataset_id)
     target = dataset_root() / dataset_id
     if target.exists():
         raise UserError(
@@ -184,6 +201,7 @@ def write(
     namespace = dataset_id.rpartition("/")[0]
     try:
         dataset_root().mkdir(parents=True, exist_ok=True)
+        _require_space(buffers)
         with tempfile.TemporaryDirectory(dir=dataset_root(), prefix=".writing-") as temporary:
             with _minari_root(temporary), warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # Minari asks for an e-mail address, among others
@@ -198,6 +216,30 @@ def write(
     except OSError as error:
         raise UserError(f"cannot write the dataset {dataset_id!r} to {target}: {error}.") from error
     return target
+
+
+def _require_space(buffers: Sequence[EpisodeBuffer]) -> None:
+    """Raise a UserError if the disk has no room: HDF5 would crash the process instead of raising."""
+    per_episode = 16 * 1024  # of HDF5's own book-keeping, for a dozen small datasets
+    numbers = sum(
+        np.asarray(leaf).nbytes
+        for b in buffers
+        for leaf in (*_leaves(b.observations), b.actions, b.rewards, b.terminations, b.truncations)
+    )
+    needed, free = 2 * numbers + per_episode * len(buffers) + (1 << 20), shutil.disk_usage(dataset_root()).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {dataset_root()} has {free / 2**20:.0f} MiB left, and the dataset needs up to "
+            f"{needed / 2**20:.0f} MiB: free some, or set MINARI_DATASETS_PATH to another disk."
+        )
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict):
+        for branch in tree.values():
+            yield from _leaves(branch)
+    else:
+        yield tree
 
 
 def _buffer(spec: Spec, space: gym.Space, episode: Episode) -> EpisodeBuffer:

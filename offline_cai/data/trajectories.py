@@ -2,14 +2,17 @@
 
 Rows, not transitions: one row per time and one extra row per episode. The extra row holds the last state with a zero
 action and reward, so last states are right, no next state is stored twice, and one index space serves transitions,
-windows and whole episodes.
+windows and whole episodes. A row packs [observation, action, reward, log-probability if known] as float32, so that one
+gather reads all that a batch needs.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,47 +20,61 @@ import numpy as np
 from scipy.signal import lfilter
 
 from offline_cai.core import Episode, Spec
+from offline_cai.data.checks import first_damaged, is_clean
 from offline_cai.errors import UserError
 
-FORMAT = 1
-ARRAYS = ("obs", "action", "reward", "offsets", "terminal")
+FORMAT = 2
+BLOCK = 256  # episodes that are packed and checked together
+FILES = {"rows": np.float32, "end": np.int64, "offsets": np.int64, "terminal": np.bool_}
 
 
 class Trajectories:
     """Episodes in flat arrays, raw units.
 
     Attributes:
-        obs: float32 [N, O], N = steps + episodes.
-        action: float32 [N, A]; zero on the extra row of each episode.
-        reward: float32 [N]; zero on the extra row.
+        rows: float32 [N, W], N = steps + episodes: observation, action, reward and, if known, log-probability.
+        end: int64 [N]; for each row the extra row of its episode.
         offsets: int64 [E+1]; episode e is rows offsets[e] to offsets[e+1] - 1, the last of them the extra row.
         terminal: bool [E]; True where the episode truly ended, False where a time limit cut it.
-        log_prob: float32 [N] or None; of the policy that collected it.
         info: where the data came from.
+        path: the folder it is mapped from, None for a store in memory.
     """
 
-    def __init__(self, spec: Spec, arrays: dict[str, np.ndarray], info: dict[str, Any] | None = None) -> None:
-        self.spec, self.info = spec, info or {}
-        self.obs, self.action, self.reward = arrays["obs"], arrays["action"], arrays["reward"]
-        self.offsets, self.terminal = arrays["offsets"], arrays["terminal"]
-        self.log_prob: np.ndarray | None = arrays.get("log_prob")
-        self._check_layout()
+    path: Path | None = None
 
-    def _check_layout(self) -> None:
-        rows, episodes = len(self.obs), len(self.terminal)
-        shapes = {
-            "obs": (rows, self.spec.obs_width),
-            "action": (rows, self.spec.action_width),
-            "reward": (rows,),
-            "offsets": (episodes + 1,),
-        }
-        for name, shape in shapes.items():
-            if getattr(self, name).shape != shape:
-                raise UserError(
-                    f"the store's {name} has shape {getattr(self, name).shape}, not {shape}: it is damaged."
-                )
-        if not episodes or self.offsets[0] != 0 or self.offsets[-1] != rows or np.diff(self.offsets).min() < 2:
-            raise UserError("the store's offsets do not describe its rows (or there is no episode): it is damaged.")
+    def __init__(self, spec: Spec, arrays: Mapping[str, np.ndarray], info: dict[str, Any] | None = None) -> None:
+        self.spec, self.info = spec, info or {}
+        self.rows, self.end = arrays["rows"], arrays["end"]
+        self.offsets, self.terminal = arrays["offsets"], arrays["terminal"]
+        width, known = spec.obs_width + spec.action_width + 1, self.rows.shape[-1]
+        shapes_fit = self.rows.ndim == 2 and known in (width, width + 1) and self.end.shape == (len(self.rows),)
+        if not shapes_fit or self.offsets.shape != (len(self.terminal) + 1,) or self.offsets[-1] != len(self.rows):
+            raise UserError(f"the store's arrays do not fit each other or its spec ({known} columns): it is damaged.")
+
+    # Columns ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def obs(self) -> np.ndarray:
+        """[N, O]"""
+        return self.rows[:, : self.spec.obs_width]
+
+    @property
+    def action(self) -> np.ndarray:
+        """[N, A]; zero on the extra rows."""
+        return self.rows[:, self.spec.obs_width : self.spec.obs_width + self.spec.action_width]
+
+    @property
+    def reward(self) -> np.ndarray:
+        """[N]; zero on the extra rows."""
+        return self.rows[:, self.spec.obs_width + self.spec.action_width]
+
+    @property
+    def log_prob(self) -> np.ndarray | None:
+        """[N], of the policy that collected it, in [-1, 1] action space; zero on the extra rows."""
+        column = self.spec.obs_width + self.spec.action_width + 1
+        return self.rows[:, column] if self.rows.shape[1] > column else None
+
+    # Counts and sums -------------------------------------------------------------------------------------------------
 
     @property
     def num_episodes(self) -> int:
@@ -65,7 +82,7 @@ class Trajectories:
 
     @property
     def num_steps(self) -> int:
-        return len(self.obs) - self.num_episodes
+        return len(self.rows) - self.num_episodes
 
     @property
     def lengths(self) -> np.ndarray:
@@ -77,33 +94,39 @@ class Trajectories:
         """Undiscounted return of each episode, float64 [E]."""
         return np.add.reduceat(self.reward.astype(np.float64), self.offsets[:-1])
 
-    @property
-    def step_rows(self) -> np.ndarray:
-        """Rows that hold a step, int64 [steps]: all but the extra ones."""
-        mask = np.ones(len(self.obs), dtype=bool)
-        mask[self.offsets[1:] - 1] = False
-        return np.flatnonzero(mask)
-
-    def episode_end(self) -> np.ndarray:
-        """For each row the extra row of its episode, int64 [N]."""
-        return np.repeat(self.offsets[1:] - 1, np.diff(self.offsets))
+    def step_rows(self, episodes: np.ndarray | None = None) -> np.ndarray:
+        """Rows that hold a step (all but the extra ones), int64 [steps], of all episodes or of those numbered."""
+        if episodes is None:
+            keep = np.ones(len(self.rows), dtype=bool)
+            keep[self.offsets[1:] - 1] = False
+            return np.flatnonzero(keep)
+        return np.concatenate([np.arange(self.offsets[e], self.offsets[e + 1] - 1) for e in episodes])
 
     def return_to_go(self, discount: float) -> np.ndarray:
         """Discounted sum of rewards from each row to the end of its episode, float32 [N]."""
-        out = np.empty(len(self.reward), dtype=np.float32)
+        out, reward = np.empty(len(self.rows), dtype=np.float32), self.reward
         for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True):
-            out[start:stop] = lfilter([1.0], [1.0, -discount], self.reward[start:stop][::-1])[::-1]
+            out[start:stop] = lfilter([1.0], [1.0, -discount], reward[start:stop][::-1].astype(np.float64))[::-1]
         return out
 
-    def episodes(self) -> Iterator[Episode]:
-        for start, stop, terminal in zip(self.offsets[:-1], self.offsets[1:], self.terminal, strict=True):
-            last = stop - 1
-            log_prob = None if self.log_prob is None else self.log_prob[start:last]
-            yield Episode(
-                self.obs[start:stop], self.action[start:last], self.reward[start:last], bool(terminal), log_prob
-            )
+    def chunks(self, rows: int = 1 << 18) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(obs [m, O], action [m, A]) of all steps, a bounded part at a time: what normalisers are fitted to."""
+        for start in range(0, len(self.rows), rows):
+            part = slice(start, start + rows)
+            steps = self.end[part] > np.arange(start, min(start + rows, len(self.rows)))
+            yield self.obs[part][steps], self.action[part][steps]
 
-    # Making, saving, opening ---------------------------------------------------------------------------------------
+    def episode(self, number: int) -> Episode:
+        """Episode `number`, as views of the store."""
+        start, last = self.offsets[number], self.offsets[number + 1] - 1
+        log_prob = None if self.log_prob is None else self.log_prob[start:last]
+        obs, action, reward = self.obs[start : last + 1], self.action[start:last], self.reward[start:last]
+        return Episode(obs, action, reward, bool(self.terminal[number]), log_prob)
+
+    def episodes(self) -> Iterator[Episode]:
+        return (self.episode(number) for number in range(self.num_episodes))
+
+    # Making and opening ----------------------------------------------------------------------------------------------
 
     @classmethod
     def from_episodes(cls, spec: Spec, episodes: Iterable[Episode], source: str = "the data") -> Self:
@@ -112,36 +135,31 @@ class Trajectories:
         Raises:
             UserError: no episodes, or a damaged one; it names the source, the episode, the field and the mend.
         """
-        parts: dict[str, list[np.ndarray]] = {"obs": [], "action": [], "reward": [], "log_prob": []}
-        terminal = []
-        for number, episode in enumerate(episodes):
-            check_episode(spec, episode, f"{source}, episode {number}")
-            parts["obs"].append(np.asarray(episode.obs, dtype=np.float32))
-            for name in ("action", "reward", "log_prob"):
-                steps = getattr(episode, name)
-                if steps is not None:
-                    steps = np.asarray(steps, dtype=np.float32)
-                    parts[name].append(np.concatenate([steps, np.zeros_like(steps[:1])]))
-            terminal.append(bool(episode.terminal))
-        if not terminal:
+        blocks = list(_blocks(spec, episodes, source))
+        if not blocks:
             raise UserError(f"{source} holds no episodes: there is nothing to train on.")
-        if parts["log_prob"] and len(parts["log_prob"]) != len(terminal):
-            raise UserError(f"{source}: some episodes have log-probabilities and some do not: give all or none.")
-        arrays = {name: np.concatenate(values) for name, values in parts.items() if values}
-        arrays["offsets"] = np.cumsum([0, *(len(obs) for obs in parts["obs"])], dtype=np.int64)
-        arrays["terminal"] = np.array(terminal)
+        rows, lengths, terminal = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        arrays = {"rows": rows, "offsets": offsets, "terminal": terminal, "end": np.repeat(offsets[1:] - 1, lengths)}
         return cls(spec, arrays)
 
-    def save(self, path: Path, info: dict[str, Any] | None = None) -> None:
-        """Write the store to a new folder: whole or not at all. An existing store of the same path is kept."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    @classmethod
+    def write(
+        cls, path: Path, spec: Spec, episodes: Iterable[Episode], source: str = "the data", info: Any = None
+    ) -> None:
+        """Write episodes to a new store, whole or not at all, in bounded memory. A store that is there already is kept.
+
+        Raises:
+            UserError: as `from_episodes`, or the disk refuses.
+        """
         try:
-            for name in (*ARRAYS, "log_prob"):
-                if getattr(self, name) is not None:
-                    np.save(temporary / f"{name}.npy", getattr(self, name), allow_pickle=False)
-            meta = {"format": FORMAT, "spec": self.spec.to_json(), "info": info or self.info}
-            (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        except OSError as error:
+            raise UserError(f"cannot write the trajectory store {path}: {error}.") from None
+        try:
+            _write_files(temporary, spec, episodes, source, info)
+            temporary.chmod(0o755)
             if not path.exists():
                 os.replace(temporary, path)
         except OSError as error:
@@ -150,50 +168,116 @@ class Trajectories:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def save(self, path: Path, info: dict[str, Any] | None = None) -> None:
+        """`write` what is in this store."""
+        self.write(path, self.spec, self.episodes(), info=info or self.info)
+
     @classmethod
     def open(cls, path: Path) -> Self:
         """Map a saved store into memory; costs the same for any size.
 
         Raises:
-            UserError: there is no store, or it is damaged.
+            UserError: there is no store, or its files do not have the sizes that it was written with.
         """
         try:
             meta = json.loads((path / "meta.json").read_text())
-            names = [name for name in (*ARRAYS, "log_prob") if (path / f"{name}.npy").exists()]
-            arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
             if meta["format"] != FORMAT:
-                raise UserError(f"{path} has store format {meta['format']}, this version reads {FORMAT}. Delete it.")
-            return cls(Spec.from_json(meta["spec"]), arrays, meta["info"])
-        except (OSError, KeyError, ValueError) as error:
+                raise UserError(f"it has format {meta['format']}, and this version reads {FORMAT}.")
+            arrays = {
+                name: np.memmap(path / f"{name}.bin", dtype, mode="c", shape=tuple(meta["shapes"][name]))
+                for name, dtype in FILES.items()
+            }
+            store = cls(Spec.from_json(meta["spec"]), arrays, meta["info"])
+            store.path = path
+            return store
+        except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"cannot open the trajectory store {path}: {error} Delete it and convert again.") from None
 
 
-def check_episode(spec: Spec, episode: Episode, where: str) -> None:
-    """Raise a UserError that names the field, the row and the mend if the episode is damaged."""
-    obs, action, reward = np.asarray(episode.obs), np.asarray(episode.action), np.asarray(episode.reward)
-    steps = len(reward)
-    widths = {"observations": (obs, steps + 1, spec.obs_width), "actions": (action, steps, spec.action_width)}
-    for name, (array, rows, width) in widths.items():
-        if array.ndim != 2 or array.shape[1] != width:
-            raise UserError(f"{where}: {name} have shape {array.shape}, but the spec says width {width}.")
-        if len(array) != rows:
-            raise UserError(
-                f"{where}: {len(array)} {name} for {steps} rewards; there should be {rows}. Drop or repair it."
-            )
-    if steps == 0:
-        raise UserError(f"{where}: no steps. Drop it.")
-    for name, array in (("observations", obs), ("actions", action), ("rewards", reward)):
-        bad = np.argwhere(~np.isfinite(array))
-        if len(bad):
-            raise UserError(
-                f"{where}: {name} hold {array[tuple(bad[0])]} at row {bad[0][0]} ({len(bad)} such numbers in all). "
-                "Drop the episode, or collect or download the dataset again."
-            )
-    low, high = np.array(spec.action.low), np.array(spec.action.high)
-    outside = np.argwhere((action < low - 1e-4) | (action > high + 1e-4))
-    if len(outside):
-        row, column = outside[0]
-        raise UserError(
-            f"{where}: action {action[row, column]:.4g} at row {row}, component {column} is outside the bounds "
-            f"[{low[column]:.4g}, {high[column]:.4g}]. Clip the actions as the environment did, or mend the bounds."
-        )
+def digests(path: Path) -> dict[str, str]:
+    """The checksums that a store's files were written with."""
+    return json.loads((path / "meta.json").read_text())["sha256"]
+
+
+def verify(path: Path) -> None:
+    """Compare every byte of a saved store with the checksums that it was written with.
+
+    Raises:
+        UserError: a file differs; it is named.
+    """
+    Trajectories.open(path)
+    expected = digests(path)
+    for name in FILES:
+        with (path / f"{name}.bin").open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]:
+                raise UserError(f"{path / name}.bin differs from what was written. Delete the store and convert again.")
+
+
+def _blocks(
+    spec: Spec, episodes: Iterable[Episode], source: str
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Packed rows, lengths in rows and true ends of BLOCK episodes at a time, checked."""
+    iterator, done, logged = iter(episodes), 0, None
+    while block := list(islice(iterator, BLOCK)):
+        for number, episode in enumerate(block, start=done):
+            has_log_prob = episode.log_prob is not None
+            logged = has_log_prob if logged is None else logged
+            if has_log_prob != logged:
+                raise UserError(f"{source}, episode {number}: some episodes have log-probabilities: give all or none.")
+        try:
+            rows = np.concatenate([_pack(spec, episode) for episode in block])
+        except (ValueError, TypeError, IndexError) as error:
+            first_damaged(spec, block, source, done)
+            raise UserError(f"{source}, episodes from {done} on cannot be packed: {error}.") from error
+        if not is_clean(spec, rows):
+            first_damaged(spec, block, source, done)
+        yield rows, np.array([len(e.reward) + 1 for e in block]), np.array([bool(e.terminal) for e in block])
+        done += len(block)
+
+
+def _pack(spec: Spec, episode: Episode) -> np.ndarray:
+    """The rows [T+1, W] of one episode; ValueError where its shapes do not fit."""
+    width, steps = spec.obs_width, len(episode.reward)
+    rows = np.zeros((steps + 1, width + spec.action_width + 1 + (episode.log_prob is not None)), dtype=np.float32)
+    parts = (episode.obs, episode.action, episode.reward, episode.log_prob)
+    if steps == 0 or [np.shape(x) for x in parts if x is not None][:3] != [
+        (steps + 1, width),
+        (steps, spec.action_width),
+        (steps,),
+    ]:
+        raise ValueError("shapes do not fit")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is found out
+        rows[:, :width] = episode.obs
+        rows[:-1, width : width + spec.action_width] = episode.action
+        rows[:-1, width + spec.action_width] = episode.reward
+        if episode.log_prob is not None:
+            rows[:-1, -1] = episode.log_prob
+    return rows
+
+
+def _write_files(folder: Path, spec: Spec, episodes: Iterable[Episode], source: str, info: Any) -> None:
+    digests = {name: hashlib.sha256() for name in FILES}
+    offsets, terminal, columns = [np.zeros(1, dtype=np.int64)], [], 0
+    with (folder / "rows.bin").open("wb") as row_file, (folder / "end.bin").open("wb") as end_file:
+        for rows, lengths, true_end in _blocks(spec, episodes, source):
+            offsets.append(offsets[-1][-1] + np.cumsum(lengths))
+            terminal.append(true_end)
+            columns = rows.shape[1]
+            ends = np.repeat(offsets[-1] - 1, lengths)
+            for name, file, array in (("rows", row_file, rows), ("end", end_file, ends)):
+                file.write(array.tobytes())
+                digests[name].update(array.tobytes())
+        if not terminal:
+            raise UserError(f"{source} holds no episodes: there is nothing to train on.")
+        for file in (row_file, end_file):
+            file.flush()
+            os.fsync(file.fileno())
+    small = {"offsets": np.concatenate(offsets), "terminal": np.concatenate(terminal)}
+    for name, array in small.items():
+        (folder / f"{name}.bin").write_bytes(array.tobytes())
+        digests[name].update(array.tobytes())
+    count = int(small["offsets"][-1])
+    shapes = {"rows": [count, columns], "end": [count], **{name: [len(array)] for name, array in small.items()}}
+    sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
+    meta = {"format": FORMAT, "spec": spec.to_json(), "shapes": shapes, "sha256": sha256, "info": info or {}}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))

@@ -6,24 +6,24 @@ import torch
 
 from offline_cai import seeding
 from offline_cai.core import Batch
-from offline_cai.data.windows import Windows
+from offline_cai.data.sampling import Sampler
 
 
 class OfflineSource:
-    """Uniform windows of a fixed dataset. The batch of step k is a function of (seed, k) and has no other state.
+    """Windows of a fixed dataset. The batch of step k is a function of (seed, k) and has no other state.
 
     `rank` and `processes` take a slice of the same global batch, so that N processes see what one would.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
-        self._windows, self._size, self._seed = windows, batch_size, seed
+    def __init__(self, sampler: Sampler, batch_size: int, seed: int, rank: int = 0, processes: int = 1) -> None:
+        self._sampler, self._size, self._seed = sampler, batch_size, seed
         share = batch_size // processes
         self._slice = slice(rank * share, (rank + 1) * share)
 
     def __call__(self, step: int) -> Batch:
-        draw = seeding.rng(self._seed, step).integers(len(self._windows.starts), size=self._size)
-        rows = self._windows.starts[draw[self._slice]]
-        return self._windows.gather(rows, seeding.keys(self._seed, step, torch.arange(self._size)[self._slice]))
+        items = self._sampler.draw(seeding.rng(self._seed, step), self._size)
+        keys = seeding.keys(self._seed, step, torch.arange(self._size)[self._slice])
+        return self._sampler.gather(items[self._slice], keys)
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -9,6 +9,7 @@ import pytest
 
 from offline_cai import collect
 from offline_cai.data import minari
+from offline_cai.data.cache import fingerprint
 from offline_cai.environments.make import register
 from offline_cai.errors import UserError
 
@@ -53,11 +54,11 @@ def test_the_store_holds_what_minari_holds(dataset: str) -> None:
 
 def test_conversion_happens_once_and_again_when_the_files_change(dataset: str, copy: tuple[str, Path]) -> None:
     first = minari.trajectories(copy[0])
-    assert minari.trajectories(copy[0]).obs.filename == first.obs.filename
+    assert minari.trajectories(copy[0]).rows.filename == first.rows.filename
     with h5py.File(copy[1], "a") as file:
         file["episode_0/rewards"][0] = 0.5
     again = minari.trajectories(copy[0])
-    assert again.obs.filename != first.obs.filename and again.reward[0] == 0.5
+    assert again.rows.filename != first.rows.filename and again.reward[0] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_missing_dataset_names_the_nearest_and_says_how_to_get_it(
     with pytest.raises(UserError, match="Collect it with `offline-cai collect pointmaze-umaze`"):
         minari.load("offline-cai/pointmaze/umaze-v0")
     with pytest.raises(UserError, match="no Minari dataset id"):
-        minari.load("umaze")
+        minari.load("u maze")
 
 
 def test_without_a_network_the_answer_comes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,11 +124,42 @@ def test_without_a_network_the_answer_comes_at_once(monkeypatch: pytest.MonkeyPa
     assert asked == [(("storage.googleapis.com", 443), 2.0)] and time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("name", ["no id", "x/y2-v0 ", "a/b", "", "../x-v0", "offline-cai/pointmaze/debug-v0/sub-v0"])
+def test_ids_are_checked_before_the_work(dataset: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "rollout", None)
+    with pytest.raises(UserError, match=r"no Minari dataset id|would lie inside"):
+        collect.collect(collect.load("debug-umaze", {"id": name}), quiet=True)
+
+
+def test_a_full_disk_is_found_out_before_hdf5_meets_it(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(minari.shutil, "disk_usage", lambda path: usage)
+    flags = {"id": "offline-cai/pointmaze/full-v0", "steps": "100"}
+    with pytest.raises(UserError, match=r"0 MiB left, and the dataset needs up to \d+ MiB"):
+        collect.collect(collect.load("debug-umaze", flags), quiet=True)
+    assert not minari.exists("offline-cai/pointmaze/full-v0")
+
+
+def test_a_damaged_cache_is_made_anew(dataset: str) -> None:
+    store = minari.trajectories(dataset)
+    assert store.path is not None
+    (store.path / "meta.json").write_text("[]")
+    assert minari.trajectories(dataset).num_steps == store.num_steps
+
+
+def test_stray_files_beside_the_recipes_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "broken.yaml").write_bytes(b"\xff\xfe")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="Collect it with `offline-cai collect pointmaze-umaze`"):
+        minari.load("offline-cai/pointmaze/umaze-v0")
+
+
 def test_an_existing_dataset_is_not_overwritten(dataset: str) -> None:
-    before = minari.fingerprint(dataset)
+    before = fingerprint(minari.dataset_root() / dataset)
     with pytest.raises(UserError, match="exists already"):
         collect.collect(collect.load("debug-umaze"), quiet=True)
-    assert minari.fingerprint(dataset) == before
+    assert fingerprint(minari.dataset_root() / dataset) == before
 
 
 def test_an_interrupted_write_leaves_nothing_behind(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from offline_cai.core import Episode, Spec
-from offline_cai.data.trajectories import Trajectories
+from offline_cai.data.trajectories import Trajectories, verify
 from offline_cai.errors import UserError
 
 
@@ -17,7 +17,8 @@ def test_rows_hold_every_step_and_one_extra_per_episode(store: Trajectories, epi
         for name in ("obs", "action", "reward"):
             assert np.allclose(getattr(stored, name), getattr(original, name), atol=1e-6), name
     assert not store.action[store.offsets[1:] - 1].any(), "extra rows act with zero"
-    assert 5 not in store.step_rows and len(store.step_rows) == 18
+    assert 5 not in store.step_rows() and len(store.step_rows()) == 18
+    assert store.step_rows(np.array([1, 0])).tolist() == [6, 0, 1, 2, 3, 4]
 
 
 def test_return_to_go_is_the_discounted_sum(store: Trajectories, episodes: list[Episode]) -> None:
@@ -32,9 +33,9 @@ def test_return_to_go_is_the_discounted_sum(store: Trajectories, episodes: list[
 def test_save_and_open_give_the_same_store_by_memory_map(store: Trajectories, tmp_path: Path) -> None:
     store.save(tmp_path / "s", {"dataset": "x"})
     opened = Trajectories.open(tmp_path / "s")
-    assert isinstance(opened.obs, np.memmap)
+    assert isinstance(opened.rows, np.memmap)
     assert opened.spec == store.spec and opened.info == {"dataset": "x"}
-    for name in ("obs", "action", "reward", "offsets", "terminal"):
+    for name in ("rows", "end", "offsets", "terminal"):
         assert np.array_equal(getattr(opened, name), getattr(store, name))
     assert [path.name for path in tmp_path.iterdir()] == ["s"], "no temporary folder stays behind"
 
@@ -81,9 +82,16 @@ def test_a_damaged_store_is_named(store: Trajectories, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot open"):
         Trajectories.open(tmp_path / "nothing")
     store.save(tmp_path / "s")
-    np.save(tmp_path / "s" / "reward.npy", np.zeros(3))
-    with pytest.raises(UserError, match="reward has shape"):
+    verify(tmp_path / "s")
+    data = bytearray((tmp_path / "s" / "rows.bin").read_bytes())
+    data[40] ^= 1
+    (tmp_path / "s" / "rows.bin").write_bytes(data)
+    Trajectories.open(tmp_path / "s")
+    with pytest.raises(UserError, match=r"rows\.bin differs from what was written"):
+        verify(tmp_path / "s")
+    (tmp_path / "s" / "rows.bin").write_bytes(data[:100])
+    with pytest.raises(UserError, match=r"cannot open .* Delete it and convert again"):
         Trajectories.open(tmp_path / "s")
-    (tmp_path / "s" / "obs.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(UserError, match="cannot open"):
+    (tmp_path / "s" / "meta.json").write_text('{"format": 1}')
+    with pytest.raises(UserError, match="format 1, and this version reads 2"):
         Trajectories.open(tmp_path / "s")
