@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	  { echo "error: Python 3.11 or newer is needed, and '$(PYTHON)' is not: install it, or name one with make PYTHON=python3.12." >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	  { echo "error: Python's venv module is missing: install it (Debian and Ubuntu: apt install python3-venv)." >&2; exit 2; }
-	@echo "installing into $(VENV) (once; about 1.5 GB)"
+	@echo "installing into $(VENV) (once; about 1.5 GB with PyTorch for CPUs, several more with CUDA)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -48,6 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: nothing that was complete is lost.", file=sys.stderr)
         return 130
@@ -82,9 +89,12 @@ def _take_flags(arguments: Sequence[str], commands: dict[str, _Parser]) -> tuple
     return kept, flags
 
 
-def _use_threads(threads: int) -> None:
+def _use_threads(threads: int | None) -> None:
     """OpenMP reads its number of threads when torch is imported, which happens after this."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads is {threads}; it has to be at least 1.")
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads or 1)
 
 
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
@@ -95,8 +105,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     common.add_argument(
         "--threads",
         type=int,
-        default=1,
-        help="CPU threads for tensors (default: 1; more pays off for large networks only)",
+        help="CPU threads for tensors (default: OMP_NUM_THREADS, or 1; more pays off for large networks only)",
     )
     parser = _Parser("offline-cai", description=_INTRO, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--version", action="version", version=__version__)
@@ -124,7 +133,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         Collect a dataset in a simulator and write it with Minari.
 
         RECIPE is a file, or a name in datasets/. The dataset goes to MINARI_DATASETS_PATH (~/.minari/datasets), where
-        `minari show ID` and `minari.load_dataset(ID)` find it. An existing dataset is not overwritten.
+        `minari show ID` and `minari.load_dataset(ID)` find it. An existing dataset is not overwritten. A collection
+        that was stopped keeps its finished parts: the same command goes on from there, and gives the same data.
         """,
         "--steps 50000 --id me/pointmaze/small-v0",
     )
@@ -191,6 +201,22 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     report.add_argument("folder", metavar="RUN", type=Path)
     report.add_argument("--overwrite", action="store_true", help="replace an existing report")
 
+    data = add(
+        "data",
+        _data,
+        """\
+        Look at datasets: list, show, validate.
+
+        list: the datasets that are here, and those that a recipe collects. show NAME: what is inside (episodes,
+        returns, ranges, ends, duplicates). validate NAME: read every number again, with all checks and checksums.
+        NAME is a Minari id, a D4RL name, or the path of a D4RL file.
+        """,
+    )
+    data.add_argument("action", metavar="ACTION", choices=["list", "show", "validate"])
+    data.add_argument("name", metavar="NAME", nargs="?")
+    data.add_argument("--json", action="store_true", help="print one JSON object")
+    data.add_argument("--picture", type=Path, metavar="FILE", help="with show: also draw it to this file")
+
     demo = add(
         "demo",
         _demo,
@@ -218,6 +244,22 @@ def _collect(args: argparse.Namespace, flags: dict[str, str]) -> None:
     recipe = collect.load(args.recipe, flags)
     folder = collect.collect(recipe, args.quiet)
     print(f"dataset: {recipe.id} in {folder}\nlook at it: minari show {recipe.id}")
+
+
+def _data(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    from offline_cai import commands
+
+    if (args.name is None) != (args.action == "list"):
+        raise UserError(f"`data {args.action}` " + ("takes no NAME." if args.name else "needs the NAME of a dataset."))
+    facts = commands.data(args.action, args.name, args.picture)
+    if args.json:
+        print(json.dumps(facts))
+    elif args.action == "list":
+        print("\n".join(f"{name:44} {where}" for name, where in facts.items()) or "there are none.")
+    else:
+        from offline_cai.data.describe import table
+
+        print(table(facts))
 
 
 def _train(args: argparse.Namespace, flags: dict[str, str]) -> None:
@@ -255,7 +297,6 @@ def _plan(args: argparse.Namespace, flags: dict[str, str]) -> None:
     facts = commands.plan(args.folder, args.count, args.seed, args.output, args.overwrite)
     for name, value in facts.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
-    print(f"pictures: {args.output or args.folder / 'plans'}")
 
 
 def _evaluate(args: argparse.Namespace, flags: dict[str, str]) -> None:
@@ -266,8 +307,8 @@ def _evaluate(args: argparse.Namespace, flags: dict[str, str]) -> None:
         print(json.dumps(data))
         return
     for name, r in data["results"].items():
-        print(f"{name:26} {r['mean']:7.1f} ± {r['se']:.1f}   IQM {r['iqm']:.1f} [{r['low']:.1f}, {r['high']:.1f}]")
-    print(f"{report.score_line(data)}\nnext: offline-cai report {args.folder}")
+        print(f"{name:26} {report.plus_minus(r):>14}   IQM {r['iqm']:.1f} [{r['low']:.1f}, {r['high']:.1f}]")
+    print(f"{report.score_line(data)}\nnext: offline-cai report {data['run']}")
 
 
 def _report(args: argparse.Namespace, flags: dict[str, str]) -> None:

@@ -10,25 +10,29 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch
 
 from offline_cai import collect as collecting
 from offline_cai import config, report, seeding
 from offline_cai.algorithms.diffuser import Diffuser
-from offline_cai.core import Algorithm, Policy
-from offline_cai.data import minari
-from offline_cai.environments.make import env_spec, make, vectorise
+from offline_cai.core import Algorithm, Policy, Spec
+from offline_cai.data import catalogue, minari
+from offline_cai.data.describe import describe
+from offline_cai.data.describe import picture as draw_data
+from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.maze2d import Maze
-from offline_cai.environments.rollout import starts
 from offline_cai.errors import UserError
 from offline_cai.evaluation import evaluate as evaluation
 from offline_cai.evaluation import plots, references
+from offline_cai.files import read_json, write_text
 from offline_cai.planning.planner import Planner
 from offline_cai.planning.tracking import Tracker
 from offline_cai.provenance import versions
+from offline_cai.spaces import flatten, require_same_spec
 from offline_cai.training import checkpoint, experiment, loop
 from offline_cai.training.experiment import Experiment
 
@@ -39,40 +43,72 @@ def new_run(name: str) -> Path:
 
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to fill, which takes the place `target` when it is complete.
+def new_folder(target: Path, overwrite: bool, files: set[str]) -> Iterator[Path]:
+    """A folder to fill with `files`, which takes the place `target` when the work inside is done.
 
     Raises:
-        UserError: the place is taken, and it was not said to overwrite.
+        UserError: before the work, if the place is taken and it was not said to overwrite, or if what is there is not
+            such a folder; and if the disk refuses.
     """
-    if target.exists() and not overwrite:
-        raise UserError(
-            f"{target} exists already and is not overwritten: pass --overwrite, or name another with --output."
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    if target.exists():
+        if not overwrite:
+            raise UserError(
+                f"{target} exists already and is not overwritten: pass --overwrite, or name another with --output."
+            )
+        foreign = {path.name for path in target.iterdir()} - files if target.is_dir() else {target.name}
+        if foreign:
+            raise UserError(f"{target} holds {min(foreign)!r}, which is not this command's: nothing is replaced.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error}.") from error
     try:
         yield temporary
-        shutil.rmtree(target, ignore_errors=True)
+        temporary.chmod(0o777 & ~_umask())
+        if target.exists():
+            os.replace(target, temporary.with_suffix(".old"))
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
 
 
-@contextmanager
-def stage(run: Path, name: str) -> Iterator[None]:
-    """Notes how long a stage of a run took, in RUN/stages.json."""
-    began = time.monotonic()
-    yield
-    note_stage(run, name, time.monotonic() - began)
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
-def note_stage(run: Path, name: str, seconds: float) -> None:
+def note_stage(run: Path, name: str, seconds: float, add: bool = False) -> None:
+    """Notes how long a stage of a run took, in RUN/stages.json; with `add`, on top of what it took before."""
     path = run / "stages.json"
-    stages = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**stages, name: seconds}, indent=1))
+    stages = read_json(path) if path.exists() else {}
+    before = stages.get(name, 0.0) if add else 0.0
+    write_text(path, json.dumps({**stages, name: before + seconds}, indent=1))
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def data(action: str, name: str | None, picture: Path | None = None) -> dict[str, Any]:
+    """Datasets by name (list), what is in one (show), or that one after it was read and checked again (validate)."""
+    if action == "list":
+        recipes = {collecting.load(recipe).id: f"offline-cai collect {recipe}" for recipe in config.names("datasets")}
+        return recipes | {name: str(minari.dataset_root() / name) for name in minari.local_ids()}
+    assert name is not None
+    if action == "validate":
+        store = catalogue.validate(name)
+        return {"dataset": name, "valid": True, "episodes": store.num_episodes, "steps": store.num_steps}
+    store = catalogue.trajectories(name)
+    if picture is not None:
+        try:
+            draw_data(store, picture)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot draw to {picture}: {error}.") from error
+    return describe(store)
 
 
 # Train ---------------------------------------------------------------------------------------------------------------
@@ -82,62 +118,82 @@ def train(exp: Experiment, output: Path | None = None, resume: bool = False, qui
     """Train an experiment; returns the run's folder."""
     run = output or new_run(exp.name)
     began = time.monotonic()
-    loop.train(exp, run, resume, quiet)
-    note_stage(run, "train", time.monotonic() - began)
+    try:
+        loop.train(exp, run, resume, quiet)
+    finally:
+        if (run / "config.yaml").is_file():
+            note_stage(run, "train", time.monotonic() - began, add=resume)
     return run
 
 
+RESUMABLE = ("training.steps", "training.log_every", "training.checkpoint_every", "training.keep")
+"""What a resume may change: the run stays the same run, only longer, or saved at other times."""
+
+
 def resumed(run: Path, flags: Mapping[str, str]) -> Experiment:
-    """The experiment of an earlier run."""
+    """The experiment of an earlier run, with flags over it."""
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} holds no config.yaml: it is no run's folder.")
+    for name in flags:
+        if name not in RESUMABLE:
+            raise UserError(f"--{name} cannot change on a resume (only {', '.join(RESUMABLE)} can): start a new run.")
     return experiment.parse(config.override(config.read(path), flags), str(path))
 
 
-def open_run(path: Path) -> tuple[Path, Experiment, Algorithm]:
-    """A run's folder, its experiment and its algorithm, from the folder or from one of its checkpoints."""
+class Run(NamedTuple):
+    """A run's folder, its experiment, one of its checkpoints, and the algorithm in it."""
+
+    folder: Path
+    experiment: Experiment
+    checkpoint: Path
+    algorithm: Algorithm
+
+
+def open_run(path: Path) -> Run:
+    """A run, from its folder (its last checkpoint) or from one of its checkpoints; on the GPU if there is one."""
     chosen = checkpoint.find(path)
-    run = next((folder for folder in (path, *path.resolve().parents) if (folder / "config.yaml").is_file()), None)
-    if run is None:
+    folder = next((f for f in (path, *path.resolve().parents) if (f / "config.yaml").is_file()), None)
+    if folder is None:
         raise UserError(f"no config.yaml beside or above {path}: name a run's folder.")
-    return run, resumed(run, {}), checkpoint.load(chosen)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Run(folder, resumed(folder, {}), chosen, checkpoint.load(chosen, device))
 
 
 # Plan ----------------------------------------------------------------------------------------------------------------
 
 
-def plan(run: Path, count: int, seed: int, output: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Sample plans for new start and goal pairs; writes plans.npz, plans.png, denoising.gif and plans.json."""
-    run, exp, algorithm = open_run(run)
+PLAN_FILES = {"plans.npz", "plans.png", "denoising.gif", "plans.json"}
+
+
+def plan(path: Path, count: int, seed: int, output: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Sample plans for new start and goal pairs; writes PLAN_FILES and returns the facts of plans.json."""
+    began = time.monotonic()
+    run = open_run(path)
+    algorithm = run.algorithm
     if not isinstance(algorithm, Diffuser):
-        raise UserError(f"{exp.algorithm} does not plan: it acts step by step. `offline-cai evaluate {run}` runs it.")
-    if count < 1:
-        raise UserError(f"--count is {count}; ask for one plan or more.")
-    source = minari.load(exp.dataset).spec.env_spec
+        raise UserError(f"{run.experiment.algorithm} does not plan: it acts step by step. Evaluate it instead.")
+    if not 1 <= count <= 10_000:
+        raise UserError(f"--count is {count}; ask for 1 to 10,000 plans.")
+    source = catalogue.environment(run.experiment.dataset)
     if source is None:
-        raise UserError(f"the dataset {exp.dataset!r} names no environment to draw starts and goals from.")
-    envs = vectorise(lambda: make(source.id, source.kwargs), count)
-    spec, maze = env_spec(envs.env_fns[0]()), Maze.of(envs.env_fns[0]())  # type: ignore[attr-defined]
-    obs = starts(envs, spec, seed)
-    envs.close()
-    key = torch.tensor([seeding.key(seed, i) for i in range(count)])
-    began = time.perf_counter()
-    rows = algorithm.plan(obs, key).obs.double().numpy()
-    seconds = time.perf_counter() - began
-    goals = obs[:, spec.columns("desired_goal")]
-    paths = _dense(algorithm, rows)
-    crossing = np.mean([any(maze.walls[maze.cell(point)] for point in path) for path in paths])
-    facts = {
-        "plans": count,
-        "seed": seed,
-        "milliseconds per plan, all at once": 1000 * seconds / count,
-        "share of plans that cross a wall": float(crossing),
-        "rows": algorithm.config.rows,
-        "stride": algorithm.config.stride,
-        "sampler": f"{algorithm.config.planner.sampler}, {algorithm.config.planner.steps} steps",
-    }
-    with stage(run, "plan"), new_folder(output or run / "plans", overwrite) as folder:
+        raise UserError(f"the dataset {run.experiment.dataset!r} names no environment to draw starts and goals from.")
+    with new_folder(output or run.folder / "plans", overwrite, PLAN_FILES) as folder:
+        obs, maze = _pairs(make(*source), algorithm.spec, count, seed)
+        key = torch.tensor([seeding.key(seed, i) for i in range(count)])
+        before = time.perf_counter()
+        rows = algorithm.plan(obs, key).obs.double().numpy()
+        seconds = time.perf_counter() - before
+        paths, goals = _dense(algorithm, rows), obs[:, algorithm.spec.columns("desired_goal")]
+        facts = {
+            "plans": count,
+            "seed": seed,
+            "milliseconds per plan, all at once": 1000 * seconds / count,
+            "share of plans that cross a wall": float(np.mean([maze.blocked(p).any() for p in paths])),
+            "rows": algorithm.config.rows,
+            "stride": algorithm.config.stride,
+            "sampler": f"{algorithm.config.planner.sampler}, {algorithm.config.planner.steps} steps",
+        }
         np.savez(folder / "plans.npz", obs=obs, rows=rows, paths=paths)
         panels = [(p, g, r[:, :2]) for p, g, r in zip(paths, goals, rows, strict=True)][:8]
         (folder / "plans.png").write_bytes(plots.png(plots.grid(maze, panels)))
@@ -145,7 +201,18 @@ def plan(run: Path, count: int, seed: int, output: Path | None = None, overwrite
         frames = np.stack([step.obs[0, :, :2].numpy() for step in trace])
         plots.animation(folder / "denoising.gif", maze, frames, goals[0])
         (folder / "plans.json").write_text(json.dumps(facts, indent=1))
-    return facts
+    note_stage(run.folder, "plan", time.monotonic() - began)
+    return {**facts, "written to": str(output or run.folder / "plans")}
+
+
+def _pairs(env: gym.Env, spec: Spec, count: int, seed: int) -> tuple[np.ndarray, Maze]:
+    """First observations [count, O] of the environment, and its maze; closes it."""
+    try:
+        require_same_spec(spec, env_spec(env))
+        resets = [env.reset(seed=seeding.seed_of(seed, number))[0] for number in range(count)]
+        return np.concatenate([flatten(spec, obs) for obs in resets]), Maze.of(env)
+    finally:
+        env.close()
 
 
 def _dense(algorithm: Diffuser, rows: np.ndarray) -> np.ndarray:
@@ -157,50 +224,50 @@ def _dense(algorithm: Diffuser, rows: np.ndarray) -> np.ndarray:
 # Evaluate ------------------------------------------------------------------------------------------------------------
 
 
+EVALUATION_FILES = {"results.json", "paths.npz", "paths.png"}
+
+
 def evaluate(
-    run: Path,
+    path: Path,
     name: str | None = None,
     flags: Mapping[str, str] | None = None,
     output: Path | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate a run's policy and the protocol's references on the same starts; writes results.json and paths.npz."""
+    """Evaluate a run's policy and the protocol's references on the same starts.
+
+    Writes EVALUATION_FILES and returns what results.json holds.
+    """
     began = time.monotonic()
-    run, exp, algorithm = open_run(run)
+    run = open_run(path)
+    exp, algorithm = run.experiment, run.algorithm
     name = name or exp.protocol
     if name is None:
-        raise UserError(
-            f"{run / 'config.yaml'} names no protocol: choose one with --protocol, of {config.names('eval')}."
-        )
+        raise UserError(f"{run.folder / 'config.yaml'} names no protocol: choose one with --protocol, of eval/.")
     protocol = evaluation.protocol(name, flags)
-    target = output or run / "evaluation"
-    if target.exists() and not overwrite:  # said before the work, not after it
-        raise UserError(
-            f"{target} exists already and is not overwritten: pass --overwrite, or name another with --output."
-        )
-    policy = algorithm.policy(seed=protocol.seed)
-    label = "planner" if isinstance(policy, Planner) else exp.algorithm
-    policies: dict[str, Callable[[], Policy]] = {label: lambda: policy}
-    policies |= _references(protocol, exp, algorithm, policy)
-    results = evaluation.evaluate(protocol, policies, quiet)
-    data = {
-        "protocol": config.to_dict(protocol),
-        "policy": label,
-        "results": {key: result.to_json() for key, result in results.items()},
-        "paired": {key: _paired(results[label], result) for key, result in results.items() if key != label},
-        "planner": _explain(policy, algorithm),
-        "checkpoint": str(checkpoint.find(run).relative_to(run)),
-        "versions": versions(),
-    }
-    with new_folder(target, overwrite) as folder:
+    with new_folder(output or run.folder / "evaluation", overwrite, EVALUATION_FILES) as folder:
+        policy = algorithm.policy(seed=protocol.seed)
+        label = "planner" if isinstance(policy, Planner) else exp.algorithm
+        policies: dict[str, Callable[[], Policy]] = {label: lambda: policy}
+        policies |= _references(protocol, exp, algorithm, policy)
+        results = evaluation.evaluate(protocol, policies, algorithm.spec, quiet)
+        data = {
+            "protocol": config.to_dict(protocol),
+            "policy": label,
+            "results": {key: result.to_json() for key, result in results.items()},
+            "paired": {key: _paired(results[label], result) for key, result in results.items() if key != label},
+            "planner": _explain(policy, algorithm),
+            "checkpoint": run.checkpoint.name,
+            "versions": versions(),
+        }
         (folder / "results.json").write_text(json.dumps(data, indent=1))
         paths = {key: np.stack([e.obs for e in result.episodes]) for key, result in results.items() if _even(result)}
         arrays: dict[str, Any] = {key: value.astype(np.float32) for key, value in paths.items()}
         np.savez_compressed(folder / "paths.npz", **arrays)
         _draw_paths(folder / "paths.png", protocol, results)
-    note_stage(run, "evaluate", time.monotonic() - began)
-    return data
+    note_stage(run.folder, "evaluate", time.monotonic() - began)
+    return {**data, "run": str(run.folder)}
 
 
 def _draw_paths(path: Path, protocol: evaluation.Protocol, results: Mapping[str, evaluation.Result]) -> None:
@@ -225,12 +292,11 @@ def _references(
     if not protocol.references:
         return {}
     env = protocol.make()
-    behaviour = minari.metadata(minari.load(exp.dataset)).get("recipe", {}).get("behaviour", {})
     setting = references.Setting(
         spec=env_spec(env),
-        maze=Maze.of(env),
-        data=minari.trajectories(exp.dataset),
-        behaviour=behaviour,
+        maze=Maze.of(env) if hasattr(env.unwrapped, "maze") else None,
+        data=catalogue.trajectories(exp.dataset),
+        behaviour=collecting.controller_arguments(catalogue.note(exp.dataset)),
         tracker=policy.tracker if isinstance(policy, Planner) else Tracker(),
         stride=algorithm.needs.stride,
         seed=protocol.seed,
@@ -240,10 +306,10 @@ def _references(
     return {name: lambda make=make: make(setting) for name, make in found.items()}  # type: ignore[misc]
 
 
-def _paired(ours: evaluation.Result, other: evaluation.Result) -> dict[str, float]:
+def _paired(ours: evaluation.Result, other: evaluation.Result) -> dict[str, float | None]:
     """Mean difference of normalised scores on the same starts, and its standard error."""
     difference = ours.normalised - other.normalised
-    se = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else float("nan")
+    se = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else None
     return {"mean": float(difference.mean()), "se": se}
 
 

@@ -1,7 +1,8 @@
 """YAML files to frozen dataclasses and back: strict, typed, with a suggestion for a name that does not exist.
 
 A field's docstring (the string below it) is its help text. Recipes are looked up as a path, then in the working
-directory's `configs/`, `datasets/` or `eval/`, then among those that the package ships.
+directory's `configs/`, `datasets/` or `eval/`, then among those that the package ships; so are the actors that recipes
+name, in `datasets/actors/`.
 """
 
 import ast
@@ -20,7 +21,7 @@ import yaml
 from offline_cai.errors import UserError, did_you_mean
 
 T = TypeVar("T")
-Kind = Literal["configs", "datasets", "eval"]
+Kind = Literal["configs", "datasets", "eval", "datasets/actors"]
 
 
 def build(cls: type[T], data: Any, where: str) -> T:
@@ -29,6 +30,8 @@ def build(cls: type[T], data: Any, where: str) -> T:
     Raises:
         UserError: an unknown key, a missing one, or a value of another type; it names the file and the key.
     """
+    if isinstance(data, _Flag):
+        data = data.value(where)
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: expected a mapping of {cls.__name__}'s fields, not {data!r}.")
     hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -48,6 +51,9 @@ def build(cls: type[T], data: Any, where: str) -> T:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    words = hint is str or (origin is Literal and all(isinstance(arg, str) for arg in args))
+    if isinstance(value, _Flag):
+        value = str(value) if words else value.value(where)
     if hint is Any:
         return value
     if origin is Literal:
@@ -69,6 +75,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in args:
+        return None
+    if isinstance(value, _Flag) and type(None) in args and value.value(where) is None:
         return None
     inner = [arg for arg in args if arg is not type(None)]
     for i, arg in enumerate(inner):
@@ -142,9 +150,13 @@ def _folders(kind: Kind) -> list[Path]:
     return [Path.cwd() / kind, package / "recipes" / kind, package.parent / kind]
 
 
+def _suffix(kind: Kind) -> str:
+    return ".npz" if kind == "datasets/actors" else ".yaml"
+
+
 def names(kind: Kind) -> list[str]:
     """The recipes of a kind, by name."""
-    return sorted({path.stem for folder in _folders(kind) for path in folder.glob("*.yaml")})
+    return sorted({path.stem for folder in _folders(kind) for path in folder.glob(f"*{_suffix(kind)}")})
 
 
 def find(name: str | Path, kind: Kind) -> Path:
@@ -157,8 +169,8 @@ def find(name: str | Path, kind: Kind) -> Path:
     if path.is_file():
         return path
     for folder in _folders(kind):
-        candidate = folder / f"{path.name.removesuffix('.yaml')}.yaml"
-        if path.parent.name in ("", kind) and candidate.is_file():
+        candidate = folder / f"{path.name.removesuffix(_suffix(kind))}{_suffix(kind)}"
+        if path.parent.name in ("", Path(kind).name) and candidate.is_file():
             return candidate
     raise UserError(f"no file and no recipe {str(name)!r} in {kind}/; {did_you_mean(path.stem, names(kind))}")
 
@@ -183,8 +195,18 @@ def override(data: dict[str, Any], flags: Mapping[str, str]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"--{name}: {parent!r} is a value, not a group of keys.")
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = _Flag(text)
     return data
+
+
+class _Flag(str):
+    """The text of a flag: read as YAML, unless its field is one of words."""
+
+    def value(self, where: str) -> Any:
+        try:
+            return yaml.safe_load(self)
+        except yaml.YAMLError as error:
+            raise UserError(f"{where}: {str(self)!r} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def dump(config: Any) -> str:

@@ -7,9 +7,9 @@ rows of a plan, O and A the widths of an observation and an action, D the width 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -180,7 +180,6 @@ class Needs:
     stride: int = 1
     discount: float = 0.99
     padding: bool = True
-    source: Literal["offline"] = "offline"
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"all": ("",)})
 
 
@@ -188,6 +187,10 @@ class Step(Protocol):
     """One optimiser step on the parameters of a phase: backward, reduction, clipping and precision are its business."""
 
     def __call__(self, batch: Batch, phase: str = "all") -> dict[str, Tensor]: ...
+
+
+Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+"""All steps of the data, a bounded part at a time: pairs of obs [m, O] and action [m, A]."""
 
 
 class Algorithm(nn.Module, ABC):
@@ -204,8 +207,8 @@ class Algorithm(nn.Module, ABC):
     def needs(self) -> Needs: ...
 
     @abstractmethod
-    def fit(self, obs: np.ndarray, action: np.ndarray) -> None:
-        """Set what comes from data before training (normalisers), from all rows obs [M, O] and actions [M', A]."""
+    def fit(self, chunks: Chunks) -> None:
+        """Set what comes from data before training (normalisers), in one pass over `chunks()`."""
 
     @abstractmethod
     def forward(self, batch: Batch, phase: str = "all") -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """Training was stopped by Ctrl-C after a checkpoint was kept. The text says how to go on."""
+    """Work was stopped by Ctrl-C; what was finished is kept. The text says how to go on."""
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from offline_cai import config
 from offline_cai.errors import UserError
 from offline_cai.evaluation import plots
+from offline_cai.files import read_json, write_text
 from offline_cai.training import trackers
 
 _STYLE = """
@@ -40,29 +41,37 @@ def write(run: Path, overwrite: bool = False) -> Path:
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already and is not overwritten: pass --overwrite.")
     exp = config.read(run / "config.yaml")
+    missing = [key for key in ("name", "algorithm", "dataset", "seed") if key not in exp]
+    if missing:
+        raise UserError(f"{run / 'config.yaml'} has no {missing[0]!r}: it is damaged.")
     parts = [_scores(run), _plans(run), _curves(run), _stages(run), _config(run)]
     body = "\n".join(part for part in parts if part)
     title = html.escape(f"{exp['name']} · offline_cai")
-    path.write_text(
+    write_text(
+        path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>\n'
         f"<h1>{html.escape(exp['name'])}</h1>\n<p class=note>{html.escape(exp['algorithm'])} trained on "
         f"{html.escape(exp['dataset'])}, seed {exp['seed']}</p>\n{body}\n</body></html>\n",
-        encoding="utf-8",
     )
     return path
+
+
+def plus_minus(r: Mapping[str, Any], sign: str = "") -> str:
+    """ "152.4 ± 3.1", from a mean and a standard error, which one episode does not have."""
+    return f"{r['mean']:{sign}.1f} ± {'?' if r['se'] is None else format(r['se'], '.1f')}"
 
 
 def score_line(data: Mapping[str, Any]) -> str:
     """The line that `make demo` ends with."""
     shown = [name for name in data["results"] if name != "controller without noise"]
-    scores = [f"{name} {data['results'][name]['mean']:.1f} ± {data['results'][name]['se']:.1f}" for name in shown]
+    scores = [f"{name} {plus_minus(data['results'][name])}" for name in shown]
     count = data["results"][data["policy"]]["n"]
     return f"score: {' · '.join(scores)} (D4RL normalised, {count} episodes)"
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _json(path: Path, *keys: str) -> Any:
+    return read_json(path, *keys) if path.is_file() else None
 
 
 def _image(data: bytes, caption: str, kind: str = "png") -> str:
@@ -91,7 +100,7 @@ def _text(value: Any) -> str:
 
 
 def _scores(run: Path) -> str:
-    data = _json(run / "evaluation" / "results.json")
+    data = _json(run / "evaluation" / "results.json", "results", "paired", "protocol", "policy", "planner")
     if data is None:
         return ""
     rows = []
@@ -100,11 +109,11 @@ def _scores(run: Path) -> str:
         rows.append(
             [
                 name,
-                f"{r['mean']:.1f} ± {r['se']:.1f}",
+                plus_minus(r),
                 f"{r['iqm']:.1f} [{r['low']:.1f}, {r['high']:.1f}]",
                 f"{min(r['normalised']):.1f}",
                 f"{np.mean(r['returns']):.1f}",
-                f"{paired['mean']:+.1f} ± {paired['se']:.1f}" if paired else "",
+                plus_minus(paired, "+") if paired else "",
             ]
         )
     head = ["policy", "mean ± SE", "interquartile mean [95 %]", "worst", "raw return", f"{data['policy']} − it, paired"]
@@ -129,7 +138,7 @@ def _scores(run: Path) -> str:
 def _plans(run: Path) -> str:
     folder = run / "plans"
     facts = _json(folder / "plans.json")
-    if facts is None:
+    if facts is None or not all((folder / name).is_file() for name in ("plans.png", "denoising.gif")):
         return ""
     picture = _image(
         (folder / "plans.png").read_bytes(),

@@ -30,8 +30,17 @@ def _mix(x: Tensor) -> Tensor:
 
 def key(seed: int, *parts: int) -> int:
     """One signed 64-bit key from a seed and any integers, for example (seed, step)."""
-    words = np.random.SeedSequence([seed & _MASK, *(part & _MASK for part in parts)]).generate_state(1, np.uint64)
-    return _signed(int(words[0]))
+    return _signed(int(np.random.SeedSequence(_words(seed, *parts)).generate_state(1, np.uint64)[0]))
+
+
+def _words(*parts: int) -> list[int]:
+    """Two 32-bit words for each part, and their number: NumPy joins the words, so other cuts of them would collide."""
+    return [len(parts), *(word for part in map(int, parts) for word in ((part & _MASK) >> 32, part & 0xFFFFFFFF))]
+
+
+def seed_of(seed: int, *parts: int) -> int:
+    """A seed in [0, 2^31) for libraries that take one, such as Gymnasium's reset."""
+    return key(seed, *parts) & 0x7FFFFFFF
 
 
 def keys(seed: int, step: int, positions: Tensor) -> Tensor:
@@ -41,7 +50,7 @@ def keys(seed: int, step: int, positions: Tensor) -> Tensor:
 
 def rng(seed: int, *parts: int) -> np.random.Generator:
     """A NumPy generator for (seed, *parts): draws that are not per sample, such as which rows make a batch."""
-    return np.random.default_rng([seed & _MASK, *(part & _MASK for part in parts)])
+    return np.random.default_rng(_words(seed, *parts))
 
 
 def _bits(keys: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:

@@ -23,18 +23,32 @@ def spec_of(observation: gym.Space, action: gym.Space, dt: float | None = None) 
     if not isinstance(action, gym.spaces.Box):
         raise UserError(f"the action space is {action}, but this version trains on Box actions only.")
     fields = tuple(Field(name, int(np.prod(space.shape))) for name, space in _leaves(observation))
+    if not fields:
+        raise UserError(f"the observation space {observation} is empty: there is nothing to train on.")
     low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (action.low, action.high))
     return Spec(fields, Box(low, high), dt)
 
 
-def _leaves(space: gym.Space, name: str = "observation") -> Iterator[tuple[str, gym.spaces.Box]]:
+def _leaves(space: gym.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[str, gym.spaces.Box]]:
+    name = "/".join(path) or "observation"
     if isinstance(space, gym.spaces.Dict):
         for key in sorted(space.spaces):
-            yield from _leaves(space[key], key if name == "observation" else f"{name}/{key}")
+            if not isinstance(key, str) or "/" in key:
+                raise UserError(f"the observation has a field {key!r}; names have to be words without '/'.")
+            yield from _leaves(space[key], (*path, key))
     elif isinstance(space, gym.spaces.Box) and space.dtype != np.uint8:
         yield name, space
     else:
         raise UserError(f"the observation {name!r} is {space}, but this version trains on Box and Dict of Box only.")
+
+
+def require_same_spec(ours: Spec, theirs: Spec) -> None:
+    """Raise a UserError that says what differs if a policy made for `ours` cannot act in an environment of `theirs`."""
+    if ours.obs != theirs.obs:
+        wanted, given = (", ".join(f"{name} ({width})" for name, width in spec.obs) for spec in (ours, theirs))
+        raise UserError(f"the policy was trained on observations {wanted}, but the environment gives {given}.")
+    if ours.action != theirs.action:
+        raise UserError(f"the policy was trained for actions {ours.action}, but the environment takes {theirs.action}.")
 
 
 def flatten(spec: Spec, obs: Any) -> np.ndarray:

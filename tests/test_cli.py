@@ -8,7 +8,7 @@ import pytest
 
 from offline_cai import cli
 
-COMMANDS = ["collect", "train", "plan", "evaluate", "report", "demo"]
+COMMANDS = ["collect", "data", "train", "plan", "evaluate", "report", "demo"]
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,10 @@ def test_train_help_lists_the_fields_of_a_config() -> None:
         (["plan", "nowhere"], r"nowhere holds no checkpoint"),
         (["plan", "nowhere", "--cuont", "3"], r"unrecognized arguments: --cuont 3; see"),
         (["collect", "debug-umaze", "--steps", "7"], r"steps \(7\) has to be a positive multiple"),
-        (["collect", "debug-umaze", "--behaviour.kq", "1", "--id", "a/b-v0", "--steps", "20"], r"unexpected.*'kq'"),
+        (
+            ["collect", "debug-umaze", "--behaviour.kq", "1", "--id", "aa/bb-v0", "--steps", "20"],
+            r"unknown key 'kq'; did you mean 'kp'",
+        ),
         (["collect", "debug-umaze", "--id", "no id", "--steps", "20"], r"'no id' is no Minari dataset id"),
     ],
 )
@@ -79,6 +82,20 @@ def test_mistakes_are_one_sentence_and_status_2(
 def test_debug_shows_the_traceback() -> None:
     result = call("train", "nothing", "--debug")
     assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_data_lists_shows_and_validates(dataset: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["data", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(dataset) and "/datasets/" in line for line in lines)
+    assert any("umaze-v0" in line and "offline-cai collect pointmaze-umaze" in line for line in lines)
+    assert cli.main(["data", "show", dataset, "--json", "--picture", str(tmp_path / "x.png")]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 4000 and (tmp_path / "x.png").is_file()
+    assert cli.main(["data", "validate", dataset]) == 0
+    assert "valid" in capsys.readouterr().out
+    for wrong, word in ((["show"], "needs the NAME"), (["list", "x"], "takes no NAME"), (["shw"], "invalid choice")):
+        assert cli.main(["data", *wrong]) == 2
+        assert word in capsys.readouterr().err
 
 
 def test_results_as_json(run: Path, tmp_path: Path) -> None:

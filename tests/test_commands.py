@@ -10,6 +10,7 @@ import pytest
 
 from offline_cai import commands, report
 from offline_cai.data import minari
+from offline_cai.data.cache import fingerprint
 from offline_cai.errors import UserError
 from offline_cai.training import experiment
 
@@ -82,7 +83,29 @@ def test_evaluation_repeats_and_follows_its_flags(run: Path, tmp_path: Path) -> 
     one = commands.evaluate(run, flags=flags, output=tmp_path / "one", quiet=True)
     two = commands.evaluate(run, flags=flags, output=tmp_path / "two", quiet=True)
     assert list(one["results"]) == ["planner"]
+    with np.load(tmp_path / "one" / "paths.npz") as a, np.load(tmp_path / "two" / "paths.npz") as b:
+        assert np.array_equal(a["planner"], b["planner"]) and len(np.unique(a["planner"])) > 100
     assert one["results"]["planner"]["returns"] == two["results"]["planner"]["returns"]
+
+
+def test_overwriting_replaces_only_what_the_command_writes(run: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years")
+    for target in (precious, run, tmp_path):
+        with pytest.raises(UserError, match="nothing is replaced"):
+            commands.plan(run, count=1, seed=0, output=target, overwrite=True)
+    with pytest.raises(UserError, match="nothing is replaced"):
+        commands.evaluate(run, output=precious / "thesis.tex", overwrite=True)
+    assert (precious / "thesis.tex").read_text() == "years" and (run / "config.yaml").is_file()
+    with pytest.raises(UserError, match="cannot write"):
+        commands.plan(run, count=1, seed=0, output=precious / "thesis.tex" / "x")
+
+
+def test_results_name_the_checkpoint_they_are_of(run: Path, tmp_path: Path) -> None:
+    first = run / "checkpoints" / "step-00000010"
+    data = commands.evaluate(first, flags={"episodes": "2", "references": "[]"}, output=tmp_path / "e", quiet=True)
+    assert data["checkpoint"] == "step-00000010" and data["run"] == str(run.resolve())
 
 
 def test_behaviour_cloning_goes_the_same_way(dataset: str, tmp_path: Path) -> None:
@@ -97,12 +120,12 @@ def test_behaviour_cloning_goes_the_same_way(dataset: str, tmp_path: Path) -> No
 def test_the_demo_runs_all_steps_and_uses_a_dataset_that_is_there(
     dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = minari.fingerprint(dataset)
+    before = fingerprint(minari.dataset_root() / dataset)
     path = commands.demo("debug-diffuser", {}, tmp_path / "demo", quiet=True)
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-1].startswith("score: planner ") and lines[-1].endswith("(D4RL normalised, 4 episodes)")
     assert lines[-2] == f"report: {path}" and "used as it is" in "\n".join(lines)
-    assert minari.fingerprint(dataset) == before
+    assert fingerprint(minari.dataset_root() / dataset) == before
     assert set(json.loads((tmp_path / "demo" / "stages.json").read_text())) == {"collect", "train", "plan", "evaluate"}
 
 

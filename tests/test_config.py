@@ -32,6 +32,14 @@ class Outer:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Words:
+    """Fields that hold words."""
+
+    choice: Literal["no", "yes"]
+    name: str
+
+
 def test_build_converts_and_to_dict_inverts_it() -> None:
     data = {"steps": 3, "limit": 2, "sizes": [4], "inner": {"gain": "1e-3"}, "extra": {"x": [1]}}
     built = config.build(Outer, data, "file")
@@ -69,7 +77,13 @@ def test_help_is_the_docstring_of_the_field() -> None:
 
 
 def test_flags_set_nested_keys() -> None:
-    assert config.override({"a": {"b": 1}}, {"a.b": "2", "a.c": "[3]", "d": "x"}) == {"a": {"b": 2, "c": [3]}, "d": "x"}
+    flags = {"steps": "3", "inner.gain": "2e0", "sizes": "[4]", "limit": "null", "kind": "b"}
+    built = config.build(Outer, config.override({"inner": {"gain": 1.0}}, flags), "file")
+    assert built == Outer(3, kind="b", limit=None, sizes=(4,), inner=Inner(2.0))
+    yes = config.build(Words, config.override({}, {"choice": "no", "name": "5"}), "file")
+    assert yes == Words("no", "5"), "words are not read as YAML"
+    with pytest.raises(UserError, match=r"steps: '\{a' is not valid YAML"):
+        config.build(Outer, config.override({}, {"steps": "{a"}), "file")
     with pytest.raises(UserError, match="'a' is a value"):
         config.override({"a": 1}, {"a.b": "2"})
 

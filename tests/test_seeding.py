@@ -38,6 +38,13 @@ def test_uniform_and_integer_draws_cover_their_range_evenly() -> None:
     assert stats.chisquare(counts.numpy()).pvalue > 0.01
 
 
+def test_keys_of_other_lengths_and_cuts_do_not_collide() -> None:
+    parts = [(7,), (7, 0), (7, 0, 0), (3, 5), (3 + 5 * 2**32,), (3, 5, 0), (0, 3, 5)]
+    assert len({seeding.key(*p) for p in parts}) == len(parts)
+    assert len({int(seeding.rng(*p).integers(1 << 62)) for p in parts}) == len(parts)
+    assert all(0 <= seeding.seed_of(*p) < 2**31 for p in parts)
+
+
 def test_generators_differ_by_key_and_repeat() -> None:
     assert seeding.rng(1, 2).integers(1 << 40) == seeding.rng(1, 2).integers(1 << 40)
     assert seeding.rng(1, 2).integers(1 << 40) != seeding.rng(2, 1).integers(1 << 40)

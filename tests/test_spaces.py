@@ -37,9 +37,19 @@ def test_a_plain_box_is_one_field() -> None:
     assert np.array_equal(unflatten(spec, gym.spaces.Box(-1, 1, (3,)), rows), rows)
 
 
+def test_a_nested_dict_called_observation_keeps_its_names() -> None:
+    space = gym.spaces.Dict({"observation": gym.spaces.Dict({"a": BOX, "b": BOX})})
+    spec = spec_of(space, BOX)
+    assert [field.name for field in spec.obs] == ["observation/a", "observation/b"]
+    rows = np.arange(8.0).reshape(2, 4)
+    assert np.array_equal(flatten(spec, unflatten(spec, space, rows)), rows)
+
+
 @pytest.mark.parametrize(
     ("observation", "action", "word"),
     [
+        (gym.spaces.Dict({}), BOX, "empty"),
+        (gym.spaces.Dict({"a/b": BOX}), BOX, "without '/'"),
         (gym.spaces.Box(0, 255, (8, 8, 3), dtype=np.uint8), BOX, "'observation'"),
         (gym.spaces.Dict({"x": gym.spaces.Discrete(3)}), BOX, "'x'"),
         (BOX, gym.spaces.Discrete(3), "action space"),

@@ -36,6 +36,9 @@ def test_it_holds_the_package_and_its_recipes_and_nothing_else(wheel: Path) -> N
     for kind in ("configs", "datasets", "eval"):
         for path in (REPOSITORY / kind).glob("*.yaml"):
             assert f"offline_cai/recipes/{kind}/{path.name}" in held
+    for path in (REPOSITORY / "datasets" / "actors").iterdir():
+        assert f"offline_cai/recipes/datasets/actors/{path.name}" in held
+    assert any(name.endswith("dist-info/licenses/datasets/actors/LICENSE") for name in held)
     assert {name.split("/")[0].split("-")[0] for name in held} == {"offline_cai"}, "no top-level datasets or tests"
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_cai.core import Algorithm, Batch, Needs, Spec
+from offline_cai.core import Algorithm, Batch, Chunks, Needs, Spec
 from offline_cai.data.codec import Normaliser, NormaliserKind
+from offline_cai.errors import UserError
 from offline_cai.networks.mlp import mlp
 
 
@@ -23,7 +24,11 @@ class BCConfig:
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     normaliser: NormaliserKind = "gaussian"
-    """limits: the data's range to [-1, 1]; gaussian: zero mean, unit variance."""
+    """gaussian (unit variance), limits (the range to [-1, 1]), quantile (flat on [-1, 1]) or none."""
+
+    def __post_init__(self) -> None:
+        if min(self.hidden, default=1) < 1:
+            raise UserError(f"hidden is {self.hidden}; layers have at least one unit.")
 
 
 class BC(Algorithm):
@@ -39,8 +44,8 @@ class BC(Algorithm):
     def needs(self) -> Needs:
         return Needs()
 
-    def fit(self, obs: np.ndarray, action: np.ndarray) -> None:
-        self.normaliser.fit(obs)
+    def fit(self, chunks: Chunks) -> None:
+        self.normaliser.fit(obs for obs, _ in chunks())
 
     def act(self, obs: Tensor) -> Tensor:
         """Actions [B, A] in [-1, 1] for raw observations [B, O]."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offline_cai import seeding
-from offline_cai.core import Algorithm, Batch, Known, Needs, Plan, Spec
+from offline_cai.core import Algorithm, Batch, Chunks, Known, Needs, Plan, Spec
 from offline_cai.data.codec import Codec, NormaliserKind
 from offline_cai.diffusion.sampler import ddim, ddpm
 from offline_cai.diffusion.schedule import Schedule, ScheduleKind
@@ -38,6 +38,10 @@ class PlannerConfig:
     tracker: Tracker = field(default_factory=Tracker)
     """Columns and gains of the PD controller."""
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or (self.replan is not None and self.replan < 1):
+            raise UserError(f"planner: steps ({self.steps}) and replan ({self.replan}) have to be at least 1.")
+
 
 @dataclass(frozen=True)
 class DiffuserConfig:
@@ -56,7 +60,7 @@ class DiffuserConfig:
     actions: bool = False
     """Whether rows also hold the actions of their time steps (needed to execute a plan by its own actions)."""
     normaliser: NormaliserKind = "limits"
-    """limits: the data's range to [-1, 1]; gaussian: zero mean, unit variance."""
+    """limits (the range to [-1, 1]), gaussian (unit variance), quantile (flat on [-1, 1]) or none."""
     channels: int = 32
     """Channels of the U-Net's first level, a multiple of 8."""
     multipliers: tuple[int, ...] = (1, 2, 4)
@@ -71,6 +75,20 @@ class DiffuserConfig:
     """Discount of the returns in a batch, per time step."""
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     """How plans are sampled and executed."""
+
+    def __post_init__(self) -> None:
+        sizes = {"rows": self.rows, "stride": self.stride, "channels": self.channels, "levels": self.levels}
+        for name, value in sizes.items():
+            if value < 1:
+                raise UserError(f"{name} is {value}; it has to be at least 1.")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(f"multipliers are {list(self.multipliers)}; give one level or more, each at least 1.")
+        if not 0 < self.discount <= 1:
+            raise UserError(f"discount is {self.discount}; it has to be above 0 and at most 1.")
+        if self.planner.steps > self.levels:
+            raise UserError(f"planner.steps is {self.planner.steps}, more than the {self.levels} noise levels.")
+        if self.planner.execute == "actions" and not self.actions:
+            raise UserError("planner.execute is actions, but the rows hold none: set actions: true.")
 
 
 class Diffuser(Algorithm):
@@ -88,6 +106,13 @@ class Diffuser(Algorithm):
                 f"model.rows is {c.rows}, but a U-Net of {len(c.multipliers)} levels needs a multiple of "
                 f"{self.network.divisor}, and a plan needs two rows or more."
             )
+        width = len(self.codec.columns)
+        used = (*(c.goal_columns if c.goal_field else ()), *c.planner.tracker.columns)
+        if c.planner.execute == "track" and not all(0 <= column < width for column in used):
+            raise UserError(
+                f"goal_columns and the tracker's columns are {list(used)}, but fields {list(c.fields)} make {width} "
+                f"columns: take numbers from 0 to {width - 1}."
+            )
         if c.goal_field and len(spec.columns(c.goal_field)) != len(c.goal_columns):
             raise UserError(
                 f"model.goal_columns names {len(c.goal_columns)} columns, not the width of {c.goal_field!r}."
@@ -97,8 +122,8 @@ class Diffuser(Algorithm):
     def needs(self) -> Needs:
         return Needs(horizon=self.config.rows, stride=self.config.stride, discount=self.config.discount)
 
-    def fit(self, obs: np.ndarray, action: np.ndarray) -> None:
-        self.codec.fit(obs, action)
+    def fit(self, chunks: Chunks) -> None:
+        self.codec.fit(chunks)
 
     # Loss ------------------------------------------------------------------------------------------------------------
 
@@ -153,12 +178,14 @@ class Diffuser(Algorithm):
     def denoising(self, obs: np.ndarray, key: Tensor, steps: int) -> list[Plan]:
         """The plans while they are denoised by `steps` steps of DDIM, pure noise first: to look at."""
         trace: list[Tensor] = []
+        key = key.to(self.schedule.abar.device)
         ddim(self.denoise, self.schedule, self.known(obs), key, steps, clip=self._clip, trace=trace)
         return [self._decode(x) for x in trace]
 
     @property
     def _clip(self) -> float | None:
-        return 1.0 if self.config.normaliser == "limits" else None
+        """Bound on x_0: the data's range where that is known; six standard deviations; none without a normaliser."""
+        return {"limits": 1.0, "quantile": 1.0, "gaussian": 6.0, "none": None}[self.config.normaliser]
 
     def _decode(self, x: Tensor) -> Plan:
         rows, action = self.codec.decode(x)

@@ -12,7 +12,8 @@ _DIFFUSERS = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
 class Schedule(nn.Module):
     """x_k = sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps for levels k = 0 (least noise) to T - 1.
 
-    `cosine` is Nichol and Dhariwal (2021), `linear` Ho et al. (2020); both as in diffusers' DDPMScheduler.
+    `cosine` is Nichol and Dhariwal (2021), `linear` Ho et al. (2020), both by diffusers' DDPMScheduler. Ho's betas,
+    1e-4 to .02, are for 1000 levels: they are scaled by 1000 / T, so that the last level is noise for any T.
     """
 
     abar: Tensor  # [T]
@@ -22,7 +23,8 @@ class Schedule(nn.Module):
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         self.levels = levels
-        scheduler = DDPMScheduler(num_train_timesteps=levels, beta_schedule=_DIFFUSERS[kind])
+        ends = {"beta_start": min(0.1 / levels, 0.5), "beta_end": min(20.0 / levels, 0.999)}
+        scheduler = DDPMScheduler(num_train_timesteps=levels, beta_schedule=_DIFFUSERS[kind], **ends)
         self.register_buffer("abar", scheduler.alphas_cumprod.clone(), persistent=False)
 
     def abar_at(self, k: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
 """Gymnasium environments, alone and vectorised."""
 
 import io
-import os
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from offline_cai.core import Spec
 from offline_cai.environments.maze2d import Maze2DProtocol
@@ -38,24 +37,29 @@ def make(
         raise UserError(f"there is no environment wrapper {wrapper!r}; {did_you_mean(wrapper, WRAPPERS)}")
     try:
         env = gym.make(environment, disable_env_checker=True, **(kwargs or {}))
-    except (gym.error.UnregisteredEnv, gym.error.DependencyNotInstalled, ImportError) as error:
+    except (gym.error.UnregisteredEnv, gym.error.NameNotFound, gym.error.DependencyNotInstalled, ImportError) as error:
         near = did_you_mean(environment, gym.registry)
         raise UserError(f"cannot make the environment {environment!r}: {error} Among those registered {near}") from None
+    except (gym.error.Error, TypeError, ValueError, AssertionError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"cannot make the environment {environment!r} with {dict(kwargs or {})}: {text}") from None
     leftover = getattr(env.unwrapped, "tmp_xml_file_path", None)
     if leftover is not None:  # the model is in memory by now
         Path(leftover).unlink(missing_ok=True)
-    return env if wrapper is None else WRAPPERS[wrapper](env, **options)
+    if wrapper is None:
+        return env
+    try:
+        return WRAPPERS[wrapper](env, **options)
+    except (TypeError, ValueError, IndexError) as error:
+        env.close()
+        raise UserError(f"the wrapper {wrapper!r} does not take {options}: {error}") from None
 
 
-def vectorise(maker: Callable[[], gym.Env], count: int, processes: bool = False) -> VectorEnv:
-    """`count` copies of an environment that are reset by mask: in this process, or each in its own.
-
-    Processes pay off when one simulator step takes longer than about a millisecond.
-    """
+def vectorise(maker: Callable[[], gym.Env], count: int) -> VectorEnv:
+    """`count` copies of an environment in this process, reset by mask."""
     if count < 1:
         raise UserError(f"{count} environments were asked for; at least one is needed.")
-    kind = AsyncVectorEnv if processes and (os.cpu_count() or 1) > 1 else SyncVectorEnv
-    return kind([maker] * count, autoreset_mode=AutoresetMode.DISABLED)
+    return SyncVectorEnv([maker] * count, autoreset_mode=AutoresetMode.DISABLED)
 
 
 def env_spec(env: gym.Env) -> Spec:

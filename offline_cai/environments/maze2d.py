@@ -38,6 +38,14 @@ class Maze:
         row, column = np.rint(self._centre + np.array([-y, x])).astype(int)
         return int(row), int(column)
 
+    def blocked(self, positions: np.ndarray) -> np.ndarray:
+        """Whether each of the positions [L, 2] lies in a wall or outside the maze, bool [L]."""
+        x, y = np.asarray(positions).T / self.size
+        cells = np.rint(self._centre + np.stack([-y, x], axis=1)).astype(int)
+        inside = ((cells >= 0) & (cells < self.walls.shape)).all(1)
+        row, column = np.where(inside[:, None], cells, 0).T
+        return ~inside | self.walls[row, column]
+
     @property
     def free(self) -> list[tuple[int, int]]:
         return [(int(row), int(column)) for row, column in np.argwhere(~self.walls)]

@@ -85,7 +85,7 @@ def starts(envs: VectorEnv, spec: Spec, seed: int) -> np.ndarray:
 
 
 def _reset(envs: VectorEnv, spec: Spec, seed: int, numbers: list[int], mask: np.ndarray | None) -> np.ndarray:
-    seeds: list[int | None] = [abs(seeding.key(seed, i, number)) % 2**31 for i, number in enumerate(numbers)]
+    seeds: list[int | None] = [seeding.seed_of(seed, i, number) for i, number in enumerate(numbers)]
     options = None if mask is None else {"reset_mask": mask}
     raw, _ = envs.reset(seed=seeds, options=options)  # type: ignore[arg-type]  # vector environments take a list
     return flatten(spec, raw)

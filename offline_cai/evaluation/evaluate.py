@@ -10,12 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from offline_cai import config
-from offline_cai.core import Episode, Policy
+from offline_cai.core import Episode, Policy, Spec
 from offline_cai.data import scores
 from offline_cai.environments.make import env_spec, make, vectorise
 from offline_cai.environments.rollout import rollout
 from offline_cai.errors import UserError
 from offline_cai.evaluation.statistics import Summary, summarise
+from offline_cai.spaces import require_same_spec
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,23 @@ class Result:
 
 
 def evaluate(
-    protocol: Protocol, policies: Mapping[str, Callable[[], Policy]], quiet: bool = False
+    protocol: Protocol, policies: Mapping[str, Callable[[], Policy]], trained_on: Spec, quiet: bool = False
 ) -> dict[str, Result]:
-    """Run each policy on the protocol's episodes: episode j of environment i starts alike for all of them."""
+    """Run each policy on the protocol's episodes: episode j of environment i starts alike for all of them.
+
+    Raises:
+        UserError: the environment is not what the policies were `trained_on`, or its episodes have no end.
+    """
     low, high = scores.reference(protocol.score)
     envs = vectorise(protocol.make, protocol.environments)
     one = protocol.make()
     spec, limit = env_spec(one), one.spec.max_episode_steps if one.spec else None
     one.close()
+    require_same_spec(trained_on, spec)
+    if limit is None or limit < 1:
+        raise UserError(f"{protocol.environment} has no limit of steps: give it one with kwargs.max_episode_steps.")
     share, results = protocol.episodes // protocol.environments, {}
-    most = None if limit is None else limit * protocol.episodes
+    most = limit * protocol.episodes
     try:
         for name, build in policies.items():
             began = time.monotonic()

@@ -8,11 +8,11 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and standard error over n episodes; interquartile mean with a 95 % bootstrap interval (percentile)."""
+    """Mean and standard error (None if n is 1) over n episodes; interquartile mean with a 95 % percentile bootstrap."""
 
     n: int
     mean: float
-    se: float
+    se: float | None
     iqm: float
     low: float
     high: float
@@ -25,7 +25,7 @@ def summarise(scores: np.ndarray, seed: int = 0, resamples: int = 5000) -> Summa
     """
     scores = np.asarray(scores, dtype=float)
     n, iqm = len(scores), float(stats.trim_mean(scores, 0.25))
-    se = float(scores.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+    se = float(scores.std(ddof=1) / np.sqrt(n)) if n > 1 else None
     low = high = iqm
     if n > 1 and np.ptp(scores) > 0:
         interval = stats.bootstrap(

@@ -20,9 +20,10 @@ Propose = Callable[[np.ndarray, Tensor], Plan]
 class Planner:
     """Executes the plans of `propose` on vectorised environments.
 
-    An environment gets a new plan when it begins an episode, and after `replan` steps if that is not None. When a plan
-    is used up its last row is held. `execute` says how a plan becomes actions: "track" follows its states with the
-    tracker, "actions" plays its actions without looking at the state.
+    An environment gets a new plan when it begins an episode, and after `replan` steps if that is not None. A plan's
+    noise is keyed by (seed, environment, its episode, its plan). When a plan is used up its last row is held. `execute`
+    says how a plan becomes actions: "track" follows its states with the tracker, "actions" plays its actions without
+    looking at the state.
 
     Attributes:
         tracker: how planned states are followed.
@@ -52,15 +53,21 @@ class Planner:
         self._execute, self._replan = execute, replan
         self._low, self._high = np.array(spec.action.low), np.array(spec.action.high)
         self._script: list[np.ndarray | None] = []
-        self._time = np.zeros(0, dtype=int)
+        self._time, self._episode, self._plan_number = np.zeros((3, 0), dtype=int)
         self.plans_made, self.seconds = 0, 0.0
 
     def reset(self, done: np.ndarray | None = None) -> None:
-        self._script = [] if done is None else [None if d else s for s, d in zip(self._script, done, strict=True)]
+        if done is None or not self._script:
+            self._script = []
+            return
+        self._script = [None if d else s for s, d in zip(self._script, done, strict=True)]
+        self._episode += done
+        self._plan_number[done] = 0
 
     def act(self, obs: np.ndarray) -> tuple[np.ndarray, None]:
         if not self._script:
-            self._script, self._time = [None] * len(obs), np.zeros(len(obs), dtype=int)
+            self._script = [None] * len(obs)
+            self._time, self._episode, self._plan_number = np.zeros((3, len(obs)), dtype=int)
         stale = [i for i, s in enumerate(self._script) if s is None or self._time[i] == self._replan]
         if stale:
             self._plan(obs, stale)
@@ -72,7 +79,7 @@ class Planner:
 
     def _plan(self, obs: np.ndarray, which: list[int]) -> None:
         """New scripts for the environments `which`: desired states or actions, one row per time step."""
-        key = torch.tensor([seeding.key(self._seed, self.plans_made + n) for n in range(len(which))])
+        key = torch.tensor([seeding.key(self._seed, i, self._episode[i], self._plan_number[i]) for i in which])
         began = time.perf_counter()
         plan = self.propose(obs[which], key)
         self.seconds += time.perf_counter() - began
@@ -85,3 +92,4 @@ class Planner:
             scripts = plan.action.double().numpy().reshape(len(which), -1, self._spec.action_width)
         for i, script in zip(which, scripts, strict=True):
             self._script[i], self._time[i] = script, 0
+            self._plan_number[i] += 1

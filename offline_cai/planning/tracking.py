@@ -27,6 +27,12 @@ class Tracker:
     def __post_init__(self) -> None:
         if len(self.position) != len(self.velocity):
             raise UserError("the tracker needs one velocity column for each position column.")
+        if not np.isfinite([self.kp, self.kd]).all():
+            raise UserError(f"the tracker's gains are {self.kp} and {self.kd}; they have to be finite.")
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        return (*self.position, *self.velocity)
 
     def states(self, rows: np.ndarray, stride: int, dt: float) -> np.ndarray:
         """Planned rows [N, R, O'], one every `stride` steps of `dt` seconds, to desired states [N, L, 2d] at each step.

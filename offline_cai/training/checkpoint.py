@@ -23,8 +23,10 @@ from torch import Tensor
 from offline_cai import algorithms, config
 from offline_cai.core import Algorithm, Spec
 from offline_cai.errors import UserError
+from offline_cai.files import read_json
 
 FORMAT = 1
+FILES = {"export/config.json", "export/model.safetensors", "state/state.json", "state/training.safetensors"}
 
 
 class Export(NamedTuple):
@@ -126,15 +128,15 @@ def verify(path: Path) -> None:
         UserError: a file is missing or differs from what was written.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, digest in manifest["sha256"].items():
+        expected = read_json(path / "manifest.json", "sha256")["sha256"]
+        if set(expected) != FILES:
+            raise UserError(f"{path / 'manifest.json'} does not list {', '.join(sorted(FILES))}: it is damaged.")
+        for name, digest in expected.items():
             if _digest(path / name) != digest:
                 raise UserError(
                     f"{path / name} differs from what was written: the checkpoint is damaged. Take another."
                 )
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (OSError, TypeError) as error:
         raise UserError(f"the checkpoint {path} is damaged ({error}). Take another of its run.") from None
 
 
@@ -146,17 +148,24 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Algorithm:
     """
     path = find(path)
     verify(path)
-    data = json.loads((path / "export" / "config.json").read_text())
+    data = read_json(path / "export" / "config.json", "algorithm", "config", "spec")
     cls = algorithms.find(data["algorithm"])
     algorithm = cls(Spec.from_json(data["spec"]), config.build(cls.Config, data["config"], str(path)))
-    assign(algorithm, load_file(path / "export" / "model.safetensors"), str(path))
+    assign(algorithm, _tensors(path / "export" / "model.safetensors"), str(path))
     return algorithm.to(device).eval()
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON that a resume needs."""
     verify(path)
-    return load_file(path / "state" / "training.safetensors"), json.loads((path / "state" / "state.json").read_text())
+    return _tensors(path / "state" / "training.safetensors"), read_json(path / "state" / "state.json", "step", "source")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged. Take another.") from None
 
 
 def assign(algorithm: Algorithm, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -1,10 +1,11 @@
 """The config of one experiment: what `offline-cai train CONFIG` reads."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from offline_cai import algorithms, config
-from offline_cai.errors import UserError
+from offline_cai.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TrainingConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the forward pass, by Accelerate."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Accelerate's trackers, beside metrics.jsonl."""
+    """Trackers beside metrics.jsonl: tensorboard, or none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
@@ -44,6 +45,13 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}; it has to be in [0, 1).")
+        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf or self.warmup < 0:
+            raise UserError("learning_rate has to be a positive number, weight_decay and warmup at least zero.")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"clip is {self.clip}; it has to be positive, or null for no clipping.")
+        for name in self.trackers:
+            if name != "tensorboard":
+                raise UserError(f"there is no tracker {name!r}; {did_you_mean(name, ['tensorboard'])}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Experiment:
     algorithm: str
     """A file in algorithms/."""
     dataset: str
-    """Minari id of the dataset."""
+    """Minari id, D4RL name, or path of a D4RL file (.hdf5)."""
     protocol: str | None = None
     """Evaluation protocol: a recipe in eval/."""
     seed: int = 0
@@ -78,9 +86,13 @@ def load(name: str, flags: dict[str, str] | None = None) -> Experiment:
 
 
 def parse(data: dict[str, Any], where: str) -> Experiment:
-    if "algorithm" not in data:
-        raise UserError(f"{where}: the key 'algorithm' is missing: name one of {', '.join(algorithms.names())}.")
+    if not isinstance(data.get("algorithm"), str):
+        raise UserError(f"{where}: the key 'algorithm' has to name one of {', '.join(algorithms.names())}.")
     model: Any = config.build(algorithms.find(data["algorithm"]).Config, data.get("model") or {}, f"{where}: model")
     plain = {key: value for key, value in data.items() if key != "model"}
     experiment = config.build(Experiment, plain, where)
+    if experiment.protocol is not None:
+        config.find(experiment.protocol, "eval")
+    if not 0 <= experiment.seed < 2**63:
+        raise UserError(f"{where}: seed is {experiment.seed}; it has to be from 0 to 2^63 - 1.")
     return Experiment(**{**{f.name: getattr(experiment, f.name) for f in fields(Experiment)}, "model": model})

@@ -1,11 +1,13 @@
 """The one training loop: it knows sources, algorithms and steps, and no algorithm by name."""
 
+import fcntl
 import json
 import math
+import os
 import signal
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from offline_cai import algorithms, config
-from offline_cai.core import Algorithm, Batch
-from offline_cai.data import minari
+from offline_cai.core import Algorithm, Batch, Source
+from offline_cai.data import catalogue
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.errors import Interrupted, UserError
+from offline_cai.files import write_text
 from offline_cai.provenance import versions
 from offline_cai.training import checkpoint
 from offline_cai.training.experiment import Experiment, TrainingConfig
@@ -36,24 +39,44 @@ def train(experiment: Experiment, output: Path, resume: bool = False, quiet: boo
         Interrupted: Ctrl-C; a checkpoint of the last complete step was kept.
     """
     c, accelerator = experiment.training, _accelerator(experiment, output)
-    trajectories = minari.trajectories(experiment.dataset)
+    if not resume:
+        _require_new(output)
+    trajectories = catalogue.trajectories(experiment.dataset)
     algorithm = build(experiment, trajectories)
-    state = TrainingState(algorithm, c, accelerator)
-    start = state.resume(output, experiment) if resume else _begin(output, experiment)
     needs = algorithm.needs
     windows = Windows(trajectories, needs.horizon, needs.stride, needs.discount, needs.padding)
+    state = TrainingState(algorithm, c, accelerator)
     source = OfflineSource(windows, c.batch_size, experiment.seed)
+    with _only_one(output):
+        start = state.resume(output, source) if resume else 0
+        write_text(output / "config.yaml", config.dump(experiment))
+        write_text(output / "versions.json", json.dumps(versions(), indent=1))
+        return _steps(experiment, output, algorithm, state, source, start, quiet)
+
+
+def _steps(
+    experiment: Experiment,
+    output: Path,
+    algorithm: Algorithm,
+    state: "TrainingState",
+    source: Source,
+    start: int,
+    quiet: bool,
+) -> Path:
+    """The steps from `start` to the last; returns the last checkpoint."""
+    c, accelerator = experiment.training, state.accelerator
     metrics = MetricsFile(output / "metrics.jsonl", start)
     if c.trackers:
         accelerator.init_trackers("tensorboard", _flat(experiment))
 
     def save(step: int) -> Path:
+        _require_finite({name: bool(t.isfinite().all()) for name, t in algorithm.state_dict().items()}, step, output)
         export = checkpoint.Export(experiment.algorithm, experiment.model, algorithm.spec, state.weights_to_act_with())
         return checkpoint.save(
             output / "checkpoints", step, export, state.tensors(), {"source": source.state()}, c.keep
         )
 
-    step, path, began = start, None, time.monotonic()
+    step, path, began = start, None, time.monotonic() - metrics.seconds
     progress = tqdm(total=c.steps, initial=start, desc="train", unit="step", disable=quiet, dynamic_ncols=True)
     with _Interrupt() as interrupt, progress:
         while step < c.steps:
@@ -65,7 +88,7 @@ def train(experiment: Experiment, output: Path, resume: bool = False, quiet: boo
             if step % c.log_every == 0 or step == c.steps:
                 values = {name: float(value) for name, value in metrics_of_step.items()}
                 values |= {"learning_rate": state.learning_rate(step - 1), "seconds": time.monotonic() - began}
-                _require_finite(values, step, output)
+                _require_finite({name: math.isfinite(value) for name, value in values.items()}, step, output)
                 metrics.write(step, values)
                 accelerator.log(values, step=step)
                 progress.set_postfix({"loss": f"{values.get('loss', math.nan):.4f}"})
@@ -85,29 +108,37 @@ def build(experiment: Experiment, trajectories: Trajectories) -> Algorithm:
     """The algorithm with its initial weights, a function of the seed, and normalisers fitted to the data."""
     torch.manual_seed(experiment.seed)
     algorithm = algorithms.find(experiment.algorithm)(trajectories.spec, experiment.model)
-    rows = trajectories.step_rows
-    algorithm.fit(trajectories.obs[rows], trajectories.action[rows])
+    algorithm.fit(trajectories.chunks)
     return algorithm
 
 
 def _accelerator(experiment: Experiment, output: Path) -> Accelerator:
     c = experiment.training
     accelerator = Accelerator(mixed_precision=c.mixed_precision, log_with=list(c.trackers), project_dir=str(output))
-    if accelerator.num_processes > 1:
-        raise UserError(f"{accelerator.num_processes} processes came up, but this version trains in one process only.")
+    processes = max(accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
+    if processes > 1:
+        raise UserError(f"{processes} processes were started, but this version trains in one process only.")
     return accelerator
 
 
-def _begin(output: Path, experiment: Experiment) -> int:
-    if output.exists() and any(output.iterdir()):
+def _require_new(output: Path) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(
             f"the output folder {output} is not empty and is not overwritten. Name another with --output, remove it, "
             f"or go on with its training: offline-cai train --resume {output}"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(config.dump(experiment))
-    (output / "versions.json").write_text(json.dumps(versions(), indent=1))
-    return 0
+
+
+@contextmanager
+def _only_one(output: Path) -> Iterator[None]:
+    """The run's folder, locked while this process trains in it; the lock ends with the process, however it ends."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with (output / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError:
+        raise UserError(f"another process is training into {output}: wait for it, or name another --output.") from None
 
 
 def _flat(experiment: Experiment) -> dict[str, Any]:
@@ -116,12 +147,13 @@ def _flat(experiment: Experiment) -> dict[str, Any]:
     return {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in leaves}
 
 
-def _require_finite(values: Mapping[str, float], step: int, output: Path) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
+def _require_finite(finite: Mapping[str, bool], step: int, output: Path) -> None:
+    for name, is_finite in finite.items():
+        if not is_finite:
+            saved = checkpoint.checkpoints(output / "checkpoints")
+            kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
             raise UserError(
-                f"training diverged: {name} is {value} at step {step}. Lower training.learning_rate; the "
-                f"checkpoints in {output / 'checkpoints'} are from before."
+                f"training diverged: {name} is not finite at step {step}. Lower training.learning_rate; {kept}."
             )
 
 
@@ -204,10 +236,13 @@ class TrainingState:
                 out |= {f"optimiser/{phase}/{i:05d}/{name}": torch.as_tensor(value) for name, value in moments.items()}
         return out
 
-    def resume(self, output: Path, experiment: Experiment) -> int:
-        """Load the last checkpoint of a run, in place, and return its step."""
+    def resume(self, output: Path, source: Source) -> int:
+        """Load the last checkpoint of a run, in place, and return its step; 0 if the run has none yet."""
+        if not checkpoint.checkpoints(output / "checkpoints"):
+            return 0
         path = checkpoint.find(output)
         tensors, state = checkpoint.load_state(path)
+        source.load(state["source"])
         model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
         checkpoint.assign(self.algorithm, model, str(path))
         for i, average in enumerate(self.ema):

@@ -32,7 +32,7 @@ def test_it_finds_the_mean_of_a_linear_gaussian_behaviour() -> None:
     store = Trajectories.from_episodes(spec, data)
     torch.manual_seed(0)
     bc = BC(spec, BCConfig(hidden=(64,)))
-    bc.fit(store.obs, store.action)
+    bc.fit(store.chunks)
     config, windows, rng = TrainingConfig(steps=1500, clip=None), Windows(store, 1), np.random.default_rng(0)
     state = TrainingState(bc, config, Accelerator(cpu=True))
     for step in range(config.steps):

@@ -24,7 +24,7 @@ def build(name: str, store: Trajectories, seed: int = 0) -> Algorithm:
     torch.manual_seed(seed)
     cls = algorithms.find(name)
     algorithm = cls(store.spec, cls.Config())
-    algorithm.fit(store.obs[store.step_rows], store.action[store.step_rows])
+    algorithm.fit(store.chunks)
     return algorithm
 
 
@@ -40,7 +40,7 @@ def update(algorithm: Algorithm, store: Trajectories, steps: int = 1) -> dict[st
 
 
 def observations(store: Trajectories) -> np.ndarray:
-    return np.asarray(store.obs[store.step_rows][:3], dtype=np.float64)
+    return np.asarray(store.obs[store.step_rows()][:3], dtype=np.float64)
 
 
 def test_the_two_algorithms_of_the_first_version_are_found() -> None:
@@ -74,7 +74,7 @@ def test_a_saved_algorithm_acts_as_before_without_its_data(name: str, store: Tra
     algorithm = build(name, store)
     update(algorithm, store, steps=2)
     export = checkpoint.Export(name, algorithm.config, algorithm.spec, algorithm.state_dict())
-    path = checkpoint.save(tmp_path, 2, export, {"x": torch.zeros(1)}, {}, keep=1)
+    path = checkpoint.save(tmp_path, 2, export, {"x": torch.zeros(1)}, {"source": {}}, keep=1)
     loaded = checkpoint.load(path)
     assert loaded.spec == store.spec and loaded.config == algorithm.config
     obs = observations(store)
@@ -100,8 +100,8 @@ def test_raw_units_follow_the_bounds_of_the_spec(name: str, store: Trajectories,
     if np.abs(action[:, 1]).max() > 1:
         assert np.abs(action[:, 0]).max() <= 1
     wide = type(spec)(spec.obs, type(spec.action)((-1.0, -50.0), (1.0, 50.0)), spec.dt)
-    data = {n: getattr(store, n) for n in ("obs", "action", "reward", "offsets", "terminal")}
-    rescaled = Trajectories(wide, {**data, "action": store.action * np.array([1, 25], dtype=np.float32)})
+    stretched = (e._replace(action=e.action * np.array([1, 25])) for e in store.episodes())
+    rescaled = Trajectories.from_episodes(wide, stretched)
     moved, _ = build(name, rescaled).policy(seed=0).act(observations(store) * 1e4)
     assert np.abs(moved[:, 1]).max() > 2, "the second component goes beyond the old bound"
 

@@ -10,6 +10,7 @@ from offline_cai.core import Episode, Known, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
+from offline_cai.planning.tracking import Tracker
 
 SMALL = DiffuserConfig(rows=4, stride=2, channels=8, multipliers=(1, 2), levels=8)
 
@@ -17,7 +18,7 @@ SMALL = DiffuserConfig(rows=4, stride=2, channels=8, multipliers=(1, 2), levels=
 def build(store: Trajectories, **changes: object) -> Diffuser:
     torch.manual_seed(0)
     diffuser = Diffuser(store.spec, dataclasses.replace(SMALL, **changes))  # type: ignore[arg-type]
-    diffuser.fit(store.obs[store.step_rows], store.action[store.step_rows])
+    diffuser.fit(store.chunks)
     return diffuser
 
 
@@ -32,6 +33,12 @@ def test_plans_begin_at_the_state_and_end_at_the_goal(store: Trajectories, actio
     assert (plan.action is not None) == actions
     if plan.action is not None:
         assert plan.action.shape == (2, 4, 2, 2)
+
+
+def test_goal_columns_say_which_numbers_the_goal_fixes(store: Trajectories) -> None:
+    obs = np.asarray(store.obs[[0, 3]], dtype=np.float64)
+    plan = build(store, goal_columns=(3, 0)).plan(obs, torch.tensor([1, 2]))
+    assert np.allclose(plan.obs[:, -1, [3, 0]], obs[:, 2:4], atol=1e-4)
 
 
 def test_without_a_goal_only_the_first_state_is_known(store: Trajectories) -> None:
@@ -104,6 +111,18 @@ def test_the_sampler_of_the_config_is_used(store: Trajectories) -> None:
 def test_sizes_and_goals_that_do_not_fit_are_named(spec: Spec) -> None:
     with pytest.raises(UserError, match=r"rows is 5.*multiple of 2"):
         Diffuser(spec, dataclasses.replace(SMALL, rows=5))
+    for changes, word in (
+        ({"goal_columns": (0, 9)}, "columns are .* make 4 columns"),
+        ({"stride": 0}, "stride is 0"),
+        ({"levels": -1}, "levels is -1"),
+        ({"multipliers": ()}, "multipliers"),
+        ({"discount": 2.0}, "discount is 2"),
+        ({"planner": PlannerConfig(steps=9)}, "more than the 8 noise levels"),
+        ({"planner": PlannerConfig(execute="actions")}, "set actions: true"),
+        ({"planner": PlannerConfig(tracker=Tracker(position=(0, 7)))}, "make 4 columns"),
+    ):
+        with pytest.raises(UserError, match=word):
+            Diffuser(spec, dataclasses.replace(SMALL, **changes))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="goal_columns names 1"):
         Diffuser(spec, dataclasses.replace(SMALL, goal_columns=(0,)))
     with pytest.raises(UserError, match="did you mean 'desired_goal'"):

@@ -28,7 +28,8 @@ def bend(x: Tensor, k: Tensor) -> Tensor:
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_takes_diffusers_steps(kind: str, steps: int, eta: float) -> None:
     name = {"cosine": "squaredcos_cap_v2", "linear": "linear"}[kind]
-    theirs = DDIMScheduler(20, beta_schedule=name, prediction_type="sample", timestep_spacing="trailing")
+    ends = {"beta_start": 0.1 / 20, "beta_end": 0.999}
+    theirs = DDIMScheduler(20, beta_schedule=name, prediction_type="sample", timestep_spacing="trailing", **ends)
     theirs.set_timesteps(steps)
     assert levels_of(Schedule(20), steps) == theirs.timesteps.tolist()
     x = seeding.normal(KEY, SHAPE[1:], dtype=torch.float64)

@@ -94,12 +94,21 @@ def test_spec_of_an_environment_has_its_time_step(env: gym.Env) -> None:
     assert spec.dt == pytest.approx(0.01) and spec.action.high == (1.0, 1.0)
 
 
-def test_processes_step_as_one_process_does() -> None:
-    def start(processes: bool) -> np.ndarray:
-        envs = vectorise(protocol("debug-umaze").make, 2, processes)
-        envs.reset(seed=[1, 2])  # type: ignore[arg-type]
-        obs = envs.step(np.ones((2, 2), dtype=np.float32))[0]["observation"].copy()
-        envs.close()
-        return obs
+def test_walls_and_what_lies_outside_are_blocked(env: gym.Env) -> None:
+    maze = Maze.of(env)
+    points = np.array([[-1.0, 1.0], [-1.0, 0.0], [2.0, 2.0], [9.0, 0.0], [0.0, -50.0], [1.4, 0.0], [1.6, 0.0]])
+    assert maze.blocked(points).tolist() == [False, True, True, True, True, False, True]
 
-    assert np.array_equal(start(False), start(True))
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kwargs": {"bogus": 1}}, "PointMaze_UMaze-v3.*bogus"),
+        ({"wrapper": "maze2d", "nonsense": 1}, "does not take.*nonsense"),
+        ({"wrapper": "maze2d", "goal": (1,)}, "maze2d"),
+        ({"wrapper": "maze2d", "goal": "x"}, "maze2d"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(options: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make("PointMaze_UMaze-v3", **options)

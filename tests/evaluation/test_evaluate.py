@@ -28,7 +28,7 @@ def maze_spec(debug: Protocol) -> Spec:
 
 def test_policies_meet_the_same_starts_and_scores_are_normalised(debug: Protocol, maze_spec: Spec) -> None:
     results = evaluate(
-        debug, {"a": lambda: RandomPolicy(maze_spec, 0), "b": lambda: RandomPolicy(maze_spec, 1)}, quiet=True
+        debug, {"a": lambda: RandomPolicy(maze_spec, 0), "b": lambda: RandomPolicy(maze_spec, 1)}, maze_spec, quiet=True
     )
     a, b = results["a"], results["b"]
     assert len(a.episodes) == debug.episodes and all(len(e.reward) == 40 for e in a.episodes)
@@ -37,6 +37,16 @@ def test_policies_meet_the_same_starts_and_scores_are_normalised(debug: Protocol
     assert not np.array_equal(a.episodes[0].action, b.episodes[0].action)
     assert np.allclose(a.normalised, 100 * (a.returns - 23.85) / (161.86 - 23.85))
     assert a.summary.n == 4 and a.to_json()["returns"] == a.returns.tolist()
+
+
+def test_another_environment_and_one_without_an_end_are_refused(debug: Protocol, maze_spec: Spec) -> None:
+    other = Protocol("p", "Pendulum-v1", "maze2d-umaze-v1", episodes=1, environments=1)
+    policy = {"a": lambda: RandomPolicy(maze_spec, 0)}
+    with pytest.raises(UserError, match=r"trained on observations achieved_goal \(2\).* gives observation \(3\)"):
+        evaluate(other, policy, maze_spec, quiet=True)
+    endless = dataclasses.replace(debug, kwargs={**debug.kwargs, "max_episode_steps": -1})
+    with pytest.raises(UserError, match="no limit of steps"):
+        evaluate(endless, policy, maze_spec, quiet=True)
 
 
 @pytest.mark.parametrize("episodes", [0, 5, -2])
@@ -66,3 +76,15 @@ def test_references_are_what_their_names_say(debug: Protocol, maze_spec: Spec, d
     assert path.act(env.reset(seed=0)[0]["observation"][[0, 1, 0, 1, 0, 1, 2, 3]][None])[0].shape == (1, 2)
     with pytest.raises(UserError, match="did you mean 'controller'"):
         references.find("controler")
+
+
+def test_locomotion_needs_no_maze_and_its_references_say_so(dataset: str) -> None:
+    hopper = dataclasses.replace(protocol("hopper"), episodes=2, environments=2)
+    spec = env_spec(hopper.make())
+    setting = references.Setting(spec, None, minari.trajectories(dataset), {}, Tracker(), 1, 0)
+    result = evaluate(hopper, {"random": lambda: references.find("random")(setting)}, spec, quiet=True)["random"]
+    assert np.allclose(result.normalised, 100 * (result.returns + 20.272305) / (3234.3 + 20.272305))
+    assert result.normalised.max() < 10
+    for name in ("controller", "controller without noise", "occupancy path"):
+        with pytest.raises(UserError, match=f"the reference '{name}' needs a maze, .* leave it out"):
+            references.find(name)(setting)

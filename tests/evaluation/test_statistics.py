@@ -23,6 +23,6 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 
 
 def test_few_and_equal_scores_have_no_width() -> None:
-    assert np.isnan(summarise(np.array([2.0])).se) and summarise(np.array([2.0])).iqm == 2
+    assert summarise(np.array([2.0])).se is None and summarise(np.array([2.0])).iqm == 2
     same = summarise(np.array([1.0, 1.0, 1.0]))
     assert (same.low, same.high, same.se) == (1, 1, 0)

@@ -14,7 +14,7 @@ from offline_cai.training import checkpoint
 def save(folder: Path, spec: Spec, step: int = 1, keep: int = 2) -> Path:
     bc = BC(spec, BCConfig(hidden=(4,)))
     export = checkpoint.Export("bc", bc.config, spec, bc.state_dict())
-    return checkpoint.save(folder, step, export, {"model/x": torch.arange(3.0)}, {"note": 1}, keep)
+    return checkpoint.save(folder, step, export, {"model/x": torch.arange(3.0)}, {"source": {"note": 1}}, keep)
 
 
 def test_the_last_ones_are_kept_and_found(tmp_path: Path, spec: Spec) -> None:
@@ -25,7 +25,7 @@ def test_the_last_ones_are_kept_and_found(tmp_path: Path, spec: Spec) -> None:
     assert checkpoint.find(tmp_path).name == "step-00000010"
     assert checkpoint.find(tmp_path / "checkpoints" / "step-00000002").name == "step-00000002"
     tensors, state = checkpoint.load_state(checkpoint.find(tmp_path))
-    assert tensors["model/x"].tolist() == [0, 1, 2] and state == {"step": 10, "note": 1}
+    assert tensors["model/x"].tolist() == [0, 1, 2] and state == {"step": 10, "source": {"note": 1}}
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.find(tmp_path / "elsewhere")
 
@@ -41,6 +41,14 @@ def test_a_changed_or_missing_file_is_found_out(tmp_path: Path, spec: Spec, name
     (path / name).unlink()
     with pytest.raises(UserError, match="is damaged"):
         checkpoint.load(path)
+
+
+def test_a_manifest_has_to_list_every_file(tmp_path: Path, spec: Spec) -> None:
+    path = save(tmp_path, spec)
+    for text, word in (('{"sha256": {}}', "does not list"), ("[]", "should hold a JSON object"), ("{", "as JSON")):
+        (path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=word):
+            checkpoint.load(path)
 
 
 def test_a_half_written_checkpoint_is_none(tmp_path: Path, spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,20 +153,72 @@ def test_an_existing_folder_is_not_overwritten(exp: Experiment, run: Path) -> No
 def test_divergence_is_said_and_not_saved(exp: Experiment, tmp_path: Path) -> None:
     wild = change(exp, learning_rate=1e30, clip=None, warmup=1, log_every=1, checkpoint_every=1000)
     with pytest.raises(
-        UserError, match=r"training diverged: \w+ is (nan|inf) at step \d+. Lower training.learning_rate"
+        UserError, match=r"training diverged: \w+ is not finite at step \d+. Lower .*no checkpoint was written yet"
     ):
         commands.train(wild, tmp_path / "wild", quiet=True)
     assert not checkpoint.checkpoints(tmp_path / "wild" / "checkpoints")
 
 
 def test_a_resume_with_another_model_names_the_tensor(run: Path, tmp_path: Path) -> None:
-    import shutil
+    shutil.copytree(run, tmp_path / "r")
+    text = (tmp_path / "r" / "config.yaml").read_text()
+    (tmp_path / "r" / "config.yaml").write_text(text.replace("channels: 8", "channels: 16"))
+    with pytest.raises(UserError, match=r"tensor '.*' has shape .* but this config makes it .*resume with the config"):
+        commands.train(commands.resumed(tmp_path / "r", {}), tmp_path / "r", resume=True, quiet=True)
+
+
+def test_nan_weights_are_never_saved(exp: Experiment, tmp_path: Path) -> None:
+    """Diverging between two lines of metrics: the checkpoint that is due is refused, and the good one stays."""
+    wild = change(exp, learning_rate=1e30, clip=None, warmup=1, log_every=20, checkpoint_every=1)
+    with pytest.raises(UserError, match=r"training diverged: network\S+ is not finite at step \d+"):
+        commands.train(wild, tmp_path / "wild", quiet=True)
+    for path in checkpoint.checkpoints(tmp_path / "wild" / "checkpoints"):
+        assert all(t.isfinite().all() for t in load_file(path / "export" / "model.safetensors").values())
+
+
+def test_a_resume_goes_further_and_says_so_in_its_config(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "r")
+    longer = commands.resumed(tmp_path / "r", {"training.steps": "30"})
+    commands.train(longer, tmp_path / "r", resume=True, quiet=True)
+    assert commands.resumed(tmp_path / "r", {}).training.steps == 30
+    rows = trackers.read(tmp_path / "r" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [5, 10, 15, 20, 25, 30]
+    assert (np.diff([row["seconds"] for row in rows]) > 0).all(), "time goes on where it stopped"
+    with pytest.raises(UserError, match=r"--training.batch_size cannot change on a resume"):
+        commands.resumed(tmp_path / "r", {"training.batch_size": "4"})
+
+
+def test_a_run_without_checkpoints_resumes_from_the_start(exp: Experiment, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "checkpoints")
+    commands.train(commands.resumed(tmp_path / "r", {}), tmp_path / "r", resume=True, quiet=True)
+    assert same(run, tmp_path / "r")
+
+
+def test_two_processes_cannot_train_into_one_folder(exp: Experiment, run: Path, tmp_path: Path) -> None:
+    import fcntl
 
     shutil.copytree(run, tmp_path / "r")
-    with pytest.raises(UserError, match=r"tensor '.*' has shape .* but this config makes it .*resume with the config"):
-        commands.train(
-            commands.resumed(tmp_path / "r", {"model.channels": "16"}), tmp_path / "r", resume=True, quiet=True
-        )
+    with (tmp_path / "r" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training"):
+            commands.train(commands.resumed(tmp_path / "r", {}), tmp_path / "r", resume=True, quiet=True)
+
+
+def test_more_processes_than_one_are_refused(exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started"):
+        commands.train(exp, tmp_path / "x", quiet=True)
+
+
+def test_bad_metrics_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2, is no metrics"):
+        trackers.read(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read"):
+        trackers.read(path)
 
 
 def test_metrics_survive_a_cut_line(tmp_path: Path) -> None:
