@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -120,9 +120,12 @@ def train(exp: Experiment, output: Path | None = None, resume: bool = False, qui
     began = time.monotonic()
     try:
         loop.train(exp, run, resume, quiet)
-    finally:
-        if (run / "config.yaml").is_file():
-            note_stage(run, "train", time.monotonic() - began, add=resume)
+    except BaseException:
+        with suppress(UserError):  # what stopped the training is what has to be told
+            if (run / "config.yaml").is_file():
+                note_stage(run, "train", time.monotonic() - began, add=resume)
+        raise
+    note_stage(run, "train", time.monotonic() - began, add=resume)
     return run
 
 
