@@ -74,7 +74,7 @@ def gaussian_error(horizon: int) -> dict[str, float]:
     """Message passing against one dense Gaussian update of the whole trajectory, relative to the largest entry."""
     law, reward = regulator(horizon)
     posterior = law.posterior(reward)
-    weight, linear, _ = reward.over(law.horizon, law.dim, torch.float64)
+    weight, linear, _ = reward.over(law.horizon, law.dim)
     mean, prior = law.mean.flatten(), law.covariance
     S, s = torch.block_diag(*weight), linear.flatten() - torch.block_diag(*weight) @ mean
     gain = torch.eye(len(mean), dtype=torch.float64) + prior @ S

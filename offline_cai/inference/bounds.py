@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from offline_cai.inference.discounted import evaluate
-from offline_cai.inference.mdp import MDP, Array, distribution, expect, kl, log, log_softmax, positive
+from offline_cai.inference.mdp import MDP, Array, PriorLike, distribution, expect, kl, log, log_softmax
 from offline_cai.inference.messages import backward_messages, finite_horizon, push_forward
 
 
@@ -43,7 +43,7 @@ def elbo(
     Raises:
         ValueError: q is malformed, or `initial` / `dynamics` are given with a discount.
     """
-    positive("temperature", temperature)
+    mdp.checked_temperature(temperature)
     table = mdp.checked_policy(policy)
     if mdp.horizon is None:
         if initial is not None or dynamics is not None:
@@ -78,7 +78,7 @@ def kl_to_posterior(
     horizon = finite_horizon(mdp, "kl_to_posterior")
     table = mdp.checked_policy(policy)
     q_initial, q_dynamics = _checked_law(mdp, initial, dynamics)
-    q, v, _ = backward_messages(mdp, positive("temperature", temperature), "posterior")
+    q, v, _ = backward_messages(mdp, temperature, "posterior")
     log_transition = log(mdp.transition)
     total = kl(q_initial, log_softmax(log(mdp.initial) + v[0]))
     for t, joint in enumerate(push_forward(q_initial, table, lambda t: q_dynamics[t])):
@@ -88,17 +88,15 @@ def kl_to_posterior(
     return float(total)
 
 
-def kl_regularised_objective(
-    mdp: MDP, policy: ArrayLike, temperature: float = 1.0, prior: ArrayLike | None = None
-) -> float:
+def kl_regularised_objective(mdp: MDP, policy: ArrayLike, temperature: float = 1.0, prior: PriorLike = None) -> float:
     """E[ Σ_t r_t - temperature · KL(policy ‖ prior) ] in units of reward, from the policy's own state marginals.
 
-    `prior` (an old policy, a behaviour) replaces that of the MDP. Equal to temperature · ELBO; the best policy is that
-    of the "variational" backup. Discounted when the MDP is.
+    `prior` (an old policy, a behaviour, "counting") replaces that of the MDP, which None keeps. Equal to
+    temperature · ELBO; the best policy is that of the "variational" backup. Discounted when the MDP is.
     """
-    positive("temperature", temperature)
+    mdp.checked_temperature(temperature)
     table = mdp.checked_policy(policy)
-    log_prior = mdp.log_prior if prior is None else log(mdp.checked_policy(prior, "prior"))
+    log_prior = mdp.log_prior if prior is None else mdp.with_prior(prior).log_prior
     weights = state_action_marginals(mdp, table)
     if mdp.discount is not None:
         weights = weights / (1 - mdp.discount)

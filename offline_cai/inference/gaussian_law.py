@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from offline_cai.inference.quadratic import Noise, QuadraticReward, expect, nothing, settle, soften
+from offline_cai.inference.quadratic import Noise, QuadraticReward, expect, nothing, numbers, settle, soften
 
 Backup = Literal["variational", "posterior"]
 Known = tuple[Tensor, Tensor]
@@ -117,7 +117,7 @@ class GaussianLaw:
         """n trajectories, `[n, ..., H, D]`."""
 
         def shake(mean: Tensor, factor: Tensor) -> Tensor:
-            noise = torch.randn(n, *mean.shape, dtype=mean.dtype, generator=generator)
+            noise = torch.randn(n, *mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
             return mean + (factor @ noise[..., None])[..., 0]
 
         return self._roll(
@@ -127,7 +127,12 @@ class GaussianLaw:
         )
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(tau) in nats of x `[..., H, D]`, `[...]`; ValueError for a law with a singular covariance."""
+        """log p(tau) in nats of x `[..., H, D]`, `[...]`.
+
+        Raises:
+            ValueError: x has another shape, or a covariance of the law is singular.
+        """
+        x = _checked_trajectory(self, "x", x)
         state, action = x[..., : self.state_dim], x[..., self.state_dim :]
         moved = torch.einsum("tnd,...td->...tn", self.dynamics, x[..., :-1, :])
         acted = torch.einsum("tmn,...tn->...tm", self.gain, state)
@@ -153,12 +158,13 @@ class GaussianLaw:
         Args:
             reward: None for no reward.
             temperature: units of reward per nat.
-            known: (value `[H, D]`, mask `[H, D]` bool): any numbers of any rows, exactly. Of the first state they
-                condition the start, under both backups; what noise can move, only "posterior" can hold.
+            known: (value `[H, D]`, mask `[H, D]` bool), tensors or lists: any numbers of any rows, exactly. Of the
+                first state they condition the start, under both backups; what noise can move, only "posterior" can
+                hold.
 
         Raises:
             ValueError: an infinite log-partition (the breakdown of LEQG), known values that cannot occur (or that the
-                variational backup cannot promise), a shape, a temperature that is not positive.
+                variational backup cannot promise), a shape, a temperature that is not positive or too small.
         """
         if backup not in ("variational", "posterior"):
             raise ValueError(f'backup: expected "variational" or "posterior", got "{backup}"')
@@ -170,8 +176,12 @@ class GaussianLaw:
             law, mask = _start_given(law, value[0, : self.state_dim], mask[0, : self.state_dim]), mask.clone()
             mask[0, : self.state_dim] = False
             known = (value, mask)
-        S, s, c = (reward or QuadraticReward()).over(self.horizon, self.dim, self.gain.dtype)
-        result = tilt(law, S / temperature, s / temperature, c / temperature, known, backup)
+        S, s, c = (
+            x / temperature for x in (reward or QuadraticReward()).over(self.horizon, self.dim, self.gain.device)
+        )
+        if not (S.isfinite().all() and s.isfinite().all() and c.isfinite()):
+            raise ValueError(f"temperature: {temperature} is so small that reward / temperature overflows; raise it")
+        result = tilt(law, S, s, c, known, backup)
         if known is not None:
             density = tilt(law, 0 * S, 0 * s, 0 * c, known).log_evidence
             result = _with(result, log_evidence=result.log_evidence - density)
@@ -181,12 +191,17 @@ class GaussianLaw:
         """The law of x_0 given x_k = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, for x_k `[..., H, D]`.
 
         Its mean is the exact denoiser, its covariance Cov[x_0 | x_k] (the same for every x_k), its log_evidence
-        log p_k(x_k). O(H). ValueError unless 0 <= alpha_bar < 1.
+        log p_k(x_k). O(H).
+
+        Raises:
+            ValueError: alpha_bar outside [0, 1), or x_k of another shape.
         """
         if not 0 <= alpha_bar < 1:
             raise ValueError(f"alpha_bar: expected a number in [0, 1), got {alpha_bar}; at 1 nothing is noised")
-        x_k, variance = x_k.to(self.gain.dtype), 1 - alpha_bar
-        S = torch.eye(self.dim, dtype=x_k.dtype).expand(self.horizon, -1, -1) * (alpha_bar / variance)
+        x_k, variance = _checked_trajectory(self, "x_k", x_k), 1 - alpha_bar
+        S = torch.eye(self.dim, dtype=x_k.dtype, device=x_k.device).expand(self.horizon, -1, -1) * (
+            alpha_bar / variance
+        )
         size = self.horizon * self.dim
         c = -0.5 * x_k.square().sum((-2, -1)) / variance - 0.5 * size * math.log(2 * math.pi * variance)
         return tilt(self, S, x_k * (math.sqrt(alpha_bar) / variance), c)
@@ -226,10 +241,11 @@ def tilt(
     start and noise as they are and tilts only the policy.
     """
     chance = soften if backup == "posterior" else expect
-    n, dim, dtype = law.state_dim, law.dim, law.gain.dtype
+    n, dim = law.state_dim, law.dim
+    eye = torch.eye(n, dtype=law.gain.dtype, device=law.gain.device)
     actions: list[tuple[Tensor, Tensor, Tensor]] = []
     moves: list[tuple[Tensor, Tensor, Tensor]] = []
-    message = nothing(dim, dtype)
+    message = nothing(dim, law.gain)
     for t in reversed(range(law.horizon)):
         if t < law.horizon - 1:
             F, f = law.dynamics[t], law.drift[..., t, :]
@@ -239,7 +255,7 @@ def tilt(
         message = message.plus(S[t], s[..., t, :])
         if known is not None:
             message = message.known(known[1][t], known[0][t])
-        F = torch.cat([torch.eye(n, dtype=dtype), law.gain[t]])
+        F = torch.cat([eye, law.gain[t]])
         f = pad(law.offset[..., t, :], (n, 0))
         message, noise = soften(message, pad(law.action_factor[t], (0, 0, n, 0)), f"the action of row {t}")
         rows = noise.T[n:]
@@ -276,7 +292,7 @@ def _full(noise: Noise, columns: int) -> Tensor:
 
 def _start_given(law: GaussianLaw, value: Tensor, mask: Tensor) -> GaussianLaw:
     """The law given numbers of its first state: the start conditioned, the rest as it was."""
-    message = nothing(law.state_dim, law.gain.dtype).known(mask, value)
+    message = nothing(law.state_dim, law.gain).known(mask, value)
     message, noise = soften(message, law.initial_factor, "the start")
     settle(message, law.initial_mean, "the start")
     mean = law.initial_mean @ noise.T.T + noise.t
@@ -292,8 +308,18 @@ def _log_normal(residual: Tensor, factor: Tensor, name: str) -> Tensor:
     return -0.5 * white.square().sum(-1) - log_det - 0.5 * residual.shape[-1] * math.log(2 * math.pi)
 
 
-def _checked_known(law: GaussianLaw, known: Known) -> Known:
-    value, mask = known
+def _checked_trajectory(law: GaussianLaw, name: str, x: Tensor) -> Tensor:
+    """x with the law's dtype and device, or a ValueError unless its shape is `[..., H, D]`."""
+    if x.shape[-2:] != (law.horizon, law.dim):
+        raise ValueError(f"{name}: expected shape [..., H, D] = [..., {law.horizon}, {law.dim}], got {list(x.shape)}")
+    return x.to(law.gain)
+
+
+def _checked_known(law: GaussianLaw, known: Any) -> Known:
+    """value and mask as tensors `[H, D]` on the law's device, or a ValueError that says what is wrong."""
+    if not isinstance(known, tuple | list) or len(known) != 2:
+        raise ValueError(f"known: expected (value, mask), got {type(known).__name__}")
+    value, mask = (numbers("known", known[0], law.gain.device), torch.as_tensor(known[1], device=law.gain.device))
     shape = (law.horizon, law.dim)
     if tuple(value.shape) != shape or tuple(mask.shape) != shape or mask.dtype != torch.bool:
         raise ValueError(
@@ -306,4 +332,4 @@ def _checked_known(law: GaussianLaw, known: Known) -> Known:
     if bad.any():
         at = bad.nonzero()[0].tolist()
         raise ValueError(f"known: the value at index {at} is {float(value[tuple(at)])}; give a number or unmask it")
-    return value.to(law.gain.dtype), mask
+    return value, mask

@@ -74,6 +74,16 @@ class MDP:
             message = f"{name}: expected {wanted} = {list(self.table_shape)}, got shape {list(table.shape)}"
             raise ValueError(message) from None
 
+    def checked_temperature(self, temperature: float) -> float:
+        """A positive finite temperature at which messages stay finite, or a ValueError."""
+        steps = self.horizon or 1 / (1 - (self.discount or 0.0))
+        largest = float(abs(self.reward[np.isfinite(self.reward)]).max(initial=0.0))
+        if largest / (float(np.finfo(np.float64).max) / (4 * steps)) > positive("temperature", temperature):
+            raise ValueError(
+                f"temperature: {temperature} is so small that rewards of {largest:.3g} over it overflow; raise it"
+            )
+        return float(temperature)
+
     def _log_prior(self, prior: PriorLike) -> Array:
         if prior is None:
             return np.full(self.actions, -np.log(self.actions))
@@ -85,7 +95,7 @@ class MDP:
 
 
 def _checked_reward(reward: ArrayLike, states: int, actions: int) -> Array:
-    table = np.array(reward, np.float64)
+    table = numbers("reward", reward)
     if table.ndim not in (2, 3) or table.shape[-2:] != (states, actions):
         wanted = f"[S, A] = [{states}, {actions}] or [T, S, A]"
         raise ValueError(f"reward: expected shape {wanted}, got {list(table.shape)}")
@@ -106,7 +116,7 @@ def _checked_length(reward: Array, horizon: int | None, discount: float | None) 
     length = horizon if horizon is not None else (len(reward) if reward.ndim == 3 else None)
     if length is None:
         raise ValueError("horizon: missing; give horizon, discount, or a reward of shape [T, S, A]")
-    if length < 1 or length != int(length) or (reward.ndim == 3 and length != len(reward)):
+    if not 1 <= length < np.inf or length != int(length) or (reward.ndim == 3 and length != len(reward)):
         steps = f" (the reward has {len(reward)} steps)" if reward.ndim == 3 else ""
         raise ValueError(f"horizon: expected a whole number of at least 1{steps}, got {length}")
     return int(length), None
@@ -114,7 +124,7 @@ def _checked_length(reward: Array, horizon: int | None, discount: float | None) 
 
 def distribution(name: str, table: ArrayLike) -> Array:
     """Probabilities over the last axis, checked and renormalised in float64; ValueError names the first bad index."""
-    p = np.asarray(table, np.float64)
+    p = numbers(name, table)
     if p.ndim == 0 or p.size == 0:
         raise ValueError(f"{name}: expected probabilities over the last axis, got shape {list(p.shape)}")
     bad = ~((p >= 0) & np.isfinite(p))
@@ -130,10 +140,18 @@ def distribution(name: str, table: ArrayLike) -> Array:
     return p / total
 
 
+def numbers(name: str, given: ArrayLike) -> Array:
+    """A float64 array; ValueError names it when it is ragged or holds no numbers."""
+    try:
+        return np.array(given, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected an array of numbers with rows of one length ({error})") from None
+
+
 def positive(name: str, value: float) -> float:
     """A positive finite number, or ValueError."""
-    if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    if isinstance(value, str) or not (np.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
     return float(value)
 
 

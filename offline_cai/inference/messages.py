@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from offline_cai.inference.mdp import MDP, Array, expect, first, log, logsumexp, positive
+from offline_cai.inference.mdp import MDP, Array, expect, first, log, logsumexp
 
 Backup = Literal["variational", "posterior"]
 
@@ -16,9 +16,11 @@ def backward_messages(mdp: MDP, temperature: float, backup: Backup) -> tuple[Arr
     """log beta_t(s, a) `[T, S, A]`, log beta_t(s) `[T, S]` and log p(O) (or the best ELBO), in nats.
 
     Raises:
-        ValueError: impossible evidence; for "variational", a reward of -inf that no policy can surely avoid.
+        ValueError: impossible evidence; a temperature that is not positive or too small; for "variational", a reward
+            of -inf that no policy can surely avoid.
     """
     horizon = finite_horizon(mdp, "backward_messages")
+    mdp.checked_temperature(temperature)
     q, v = np.empty(mdp.table_shape), np.empty(mdp.table_shape[:-1])
     log_transition = log(mdp.transition)
     ahead = np.zeros(mdp.transition.shape[:2])
@@ -33,7 +35,7 @@ def backward_messages(mdp: MDP, temperature: float, backup: Backup) -> tuple[Arr
 def forward_messages(mdp: MDP, temperature: float = 1.0) -> Array:
     """log p(s_t, O_{1:t-1}), `[T, S]`, in nats; adding v_t of the "posterior" backup gives log p(s_t, O_{1:T})."""
     horizon = finite_horizon(mdp, "forward_messages")
-    positive("temperature", temperature)
+    mdp.checked_temperature(temperature)
     messages = np.empty((horizon, mdp.states))
     messages[0] = log(mdp.initial)
     log_transition = log(mdp.transition).reshape(-1, mdp.states).T

@@ -10,13 +10,36 @@ Vectors `s` and scalars `c` may have leading batch dimensions; matrices and the 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+F64 = torch.float64
 ROUNDING = 1e-11  # relative size below which a direction of a known plane counts as absent
 CONTRADICTION = 1e-7  # relative distance from a known plane that counts as impossible
+
+
+def numbers(name: str, given: Any, device: torch.device | None = None) -> Tensor:
+    """Nested lists, an array or a tensor as float64; ValueError names it when it is no array of numbers."""
+    if device is None and isinstance(given, Tensor):
+        device = given.device
+    try:
+        return torch.as_tensor(given, dtype=torch.float64, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected an array of numbers with rows of one length ({error})") from None
+
+
+def precision(given: Any) -> float:
+    """The relative rounding step of numbers as they were given: that of their dtype, float64's for lists."""
+    dtype = getattr(torch, str(getattr(given, "dtype", F64)).removeprefix("torch."), F64)
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    return torch.finfo(dtype if floating else F64).eps
+
+
+def tolerance(given: Any) -> float:
+    """The relative asymmetry or negative eigenvalue that rounding explains."""
+    return min(max(1e-9, 100 * precision(given)), 1e-3)
 
 
 class QuadraticReward(NamedTuple):
@@ -36,39 +59,47 @@ class QuadraticReward(NamedTuple):
         pull = (weight @ target[..., None])[..., 0]
         return QuadraticReward(weight, pull, -0.5 * float((pull * target).sum()))
 
-    def over(self, horizon: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """weight `[H, D, D]`, linear `[H, D]` and the constant, checked."""
+    def over(self, horizon: int, dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """weight `[H, D, D]`, linear `[H, D]` and the constant, checked, float64; ValueError names what is wrong."""
         shapes = {"weight": (horizon, dim, dim), "linear": (horizon, dim)}
         parts = []
         for name, shape in shapes.items():
             given = getattr(self, name)
-            table = torch.zeros(shape, dtype=dtype) if given is None else torch.as_tensor(given, dtype=dtype)
+            empty = given is None
+            table = torch.zeros(shape, dtype=F64, device=device) if empty else numbers(f"reward: {name}", given, device)
             if tuple(table.shape) not in (shape, shape[1:]):
                 wanted = f"{list(shape)} or {list(shape[1:])}"
                 raise ValueError(f"reward: {name} has shape {list(table.shape)}, expected {wanted}")
             parts.append(table.expand(shape))
-        uneven = (parts[0] - parts[0].mT).abs() > 1e-9 * parts[0].abs().amax()
+        uneven = (parts[0] - parts[0].mT).abs() > tolerance(self.weight) * parts[0].abs().amax()
         for name, bad in (("weight", ~parts[0].isfinite()), ("linear", ~parts[1].isfinite()), ("weight", uneven)):
             if bad.any():
                 at = bad.nonzero()[0].tolist()
                 raise ValueError(f"reward: {name} is not finite and symmetric at index {at}; mend that entry")
-        return parts[0], parts[1], torch.tensor(self.constant, dtype=dtype)
+        constant = numbers("reward: constant", self.constant, device)
+        if not constant.isfinite().all():
+            raise ValueError(f"reward: constant is {self.constant}; use a finite number")
+        return parts[0], parts[1], constant
 
     def __call__(self, x: Tensor) -> Tensor:
         """The reward of trajectories x `[..., H, D]`, `[...]`."""
-        weight, linear, constant = self.over(x.shape[-2], x.shape[-1], x.dtype)
+        weight, linear, constant = (part.to(x.dtype) for part in self.over(x.shape[-2], x.shape[-1], x.device))
         moved = torch.einsum("tij,...tj->...ti", weight, x)
         return ((linear - 0.5 * moved) * x).sum((-2, -1)) + constant
 
 
 class Quadratic(NamedTuple):
-    """A message over y: S `[n, n]`, s `[..., n]`, c `[...]`, known plane C `[k, n]`, d `[k]`."""
+    """A message over y: S `[n, n]`, s `[..., n]`, c `[...]`, known plane C `[k, n]`, d `[k]`.
+
+    size is the largest number that d was made of, so it tells a contradiction from rounding.
+    """
 
     S: Tensor
     s: Tensor
     c: Tensor
     C: Tensor
     d: Tensor
+    size: float = 0.0
 
     def __call__(self, y: Tensor) -> Tensor:
         """V(y) for y `[..., n]`, leaving the plane aside."""
@@ -76,9 +107,10 @@ class Quadratic(NamedTuple):
 
     def pull(self, F: Tensor, f: Tensor) -> Quadratic:
         """The message over z where y = F z + f."""
-        c = self(f)
-        d = self.d - self.C @ f if len(self.d) else self.d
-        return Quadratic(F.T @ self.S @ F, (self.s - f @ self.S) @ F, c, self.C @ F, d)
+        c, d, size = self(f), self.d, self.size
+        if len(d):
+            d, size = d - self.C @ f, max(size, float(f.abs().max()))
+        return Quadratic(F.T @ self.S @ F, (self.s - f @ self.S) @ F, c, self.C @ F, d, size)
 
     def plus(self, S: Tensor, s: Tensor, c: Tensor | float = 0.0) -> Quadratic:
         """Evidence added: -½ yᵀS y + yᵀs + c."""
@@ -86,8 +118,9 @@ class Quadratic(NamedTuple):
 
     def known(self, mask: Tensor, value: Tensor) -> Quadratic:
         """The coordinates in `mask` `[n]` pinned to `value` `[n]`; c then counts their density."""
-        rows = torch.eye(len(mask), dtype=self.S.dtype)[mask]
-        return self._replace(C=torch.cat([rows, self.C]), d=torch.cat([value[mask], self.d]))
+        rows = _eye(self.S)[mask]
+        size = max(self.size, float(value[mask].abs().max())) if len(rows) else self.size
+        return self._replace(C=torch.cat([rows, self.C]), d=torch.cat([value[mask], self.d]), size=size)
 
 
 class Noise(NamedTuple):
@@ -98,9 +131,9 @@ class Noise(NamedTuple):
     factor: Tensor
 
 
-def nothing(n: int, dtype: torch.dtype) -> Quadratic:
-    """The message V = 0 over n coordinates, nothing known."""
-    empty = torch.zeros(0, n, dtype=dtype)
+def nothing(n: int, like: Tensor) -> Quadratic:
+    """The message V = 0 over n coordinates, nothing known, with the dtype and device of `like`."""
+    empty = like.new_zeros(0, n)
     return Quadratic(empty.T @ empty, empty.sum(0), empty.sum(), empty, empty.sum(1))
 
 
@@ -117,11 +150,14 @@ def soften(message: Quadratic, L: Tensor, where: str) -> tuple[Quadratic, Noise]
     if not len(d):
         return _integrate(message, L, where)
     U, sigma, Vh = torch.linalg.svd(C @ L)
-    rank = int((sigma > ROUNDING * torch.linalg.matrix_norm(L)).sum())
+    negligible = ROUNDING * torch.linalg.matrix_norm(L)
+    rank = int((sigma > negligible).sum())
     R = U[:, :rank].T / sigma[:rank, None]
     lift = L @ Vh[:rank].T @ R
-    P, p = torch.eye(len(L), dtype=L.dtype) - lift @ C, lift @ d  # y + L e = P y + p + (free noise)
-    soft, noise = _integrate(message, L @ Vh[rank:].T, where)
+    P, p = _eye(lift @ C) - lift @ C, lift @ d  # y + L e = P y + p + (free noise)
+    free = L @ Vh[rank:].T
+    free = torch.where(torch.linalg.matrix_norm(free) > negligible, free, 0.0)  # rounding is not noise
+    soft, noise = _integrate(message, free, where)
     RC, Rd = R @ C, R @ d
     log_density = -0.5 * Rd @ Rd - sigma[:rank].log().sum() - 0.5 * rank * math.log(2 * math.pi)
     soft = soft.pull(P, p).plus(RC.T @ RC, Rd @ RC, log_density)
@@ -141,7 +177,7 @@ def expect(message: Quadratic, L: Tensor, where: str) -> tuple[Quadratic, Noise]
             f"known: a known value depends on {where}, which the variational backup leaves as it is, so no policy can "
             'promise it; use backup="posterior", or keep only the first state known'
         )
-    unmoved = Noise(torch.eye(len(L), dtype=L.dtype), torch.zeros(len(L), dtype=L.dtype), L)
+    unmoved = Noise(_eye(message.S), L.new_zeros(len(L)), L)
     return message._replace(c=message.c - 0.5 * (L * (message.S @ L)).sum()), unmoved
 
 
@@ -149,14 +185,15 @@ def settle(message: Quadratic, y: Tensor, where: str) -> Tensor:
     """V(y), `[...]`; ValueError when y contradicts what is known."""
     message = _tidy(message, where)
     if len(message.d):
-        _no_contradiction(message.d - message.C @ y, message.d, where)
+        _no_contradiction(message.d - message.C @ y, max(message.size, float(y.abs().max())), where)
     return message(y)
 
 
 def _integrate(message: Quadratic, L: Tensor, where: str) -> tuple[Quadratic, Noise]:
     """`soften` with the plane left aside; e given y is N(M^-1 L'(s - S y), M^-1) with M = I + L'SL."""
     S, s = message.S, message.s
-    chol, failed = torch.linalg.cholesky_ex(torch.eye(L.shape[1], dtype=L.dtype) + L.T @ S @ L)
+    bend = L.T @ S @ L
+    chol, failed = torch.linalg.cholesky_ex(_eye(bend) + bend)
     if failed:
         raise ValueError(
             f"reward: the log-partition is infinite at {where}: I + L'SL is not positive definite (L the factor of the "
@@ -165,7 +202,7 @@ def _integrate(message: Quadratic, L: Tensor, where: str) -> tuple[Quadratic, No
         )
     factor = torch.linalg.solve_triangular(chol.T, L, upper=True, left=False)
     covariance = factor @ factor.T
-    T = torch.eye(len(S), dtype=S.dtype) - covariance @ S
+    T = _eye(S) - covariance @ S
     K = torch.linalg.solve_triangular(chol.T, factor.T @ S, upper=True)
     c = message.c + 0.5 * (s @ covariance * s).sum(-1) - chol.diagonal().log().sum()
     softened = message._replace(S=T.T @ S @ T + K.T @ K, s=s @ T, c=c)  # Joseph's form: no cancellation
@@ -173,21 +210,37 @@ def _integrate(message: Quadratic, L: Tensor, where: str) -> tuple[Quadratic, No
 
 
 def _tidy(message: Quadratic, where: str) -> Quadratic:
-    """The plane's rows scaled to length one, and those that say nothing (0 = 0) dropped."""
+    """The plane's rows scaled to length one, without those that say nothing (0 = 0) or repeat the others.
+
+    Of repeated knowledge c counts the density in an orthonormal basis of the plane. Rows that are independent already
+    are left as they are, which keeps their digits.
+    """
     if not len(message.d):
         return message
     length = message.C.norm(dim=1)
     told = length > ROUNDING
-    _no_contradiction(message.d[~told], message.d, where)
+    _no_contradiction(message.d[~told], message.size, where)
     length = length[told]
-    return message._replace(
-        C=message.C[told] / length[:, None], d=message.d[told] / length, c=message.c - length.log().sum()
-    )
+    C, d, c = message.C[told] / length[:, None], message.d[told] / length, message.c - length.log().sum()
+    if len(d):
+        U, sigma, Vh = torch.linalg.svd(C)
+        rank = int((sigma > ROUNDING * sigma[0]).sum())
+        if rank < len(d):
+            turned = U.T @ d
+            _no_contradiction(turned[rank:], max(message.size, float(d.abs().max())), where)
+            C, d, c = Vh[:rank], turned[:rank] / sigma[:rank], c - sigma[:rank].log().sum()
+    return message._replace(C=C, d=d, c=c)
 
 
-def _no_contradiction(residual: Tensor, scale: Tensor, where: str) -> None:
-    if len(residual) and residual.abs().max() > CONTRADICTION * max(1.0, float(scale.abs().max())):
+def _no_contradiction(residual: Tensor, size: float, where: str) -> None:
+    """ValueError when what should be zero is not, next to the size of the numbers that it was computed from."""
+    if len(residual) and residual.abs().max() > CONTRADICTION * size:
         raise ValueError(
             f"known: impossible evidence, p = 0: the known values contradict the process at {where} (off by "
             f"{float(residual.abs().max()):.3g}); make them reachable, or give the process noise in that direction"
         )
+
+
+def _eye(like: Tensor) -> Tensor:
+    """The identity with the size, dtype and device of a square matrix."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)

@@ -54,12 +54,18 @@ def stein_direction(
 
     Returns:
         `[..., M, D]`; no gradient flows through the kernel.
+
+    Raises:
+        ValueError: score of another shape than the particles, a bandwidth that is not positive (a number; a tensor is
+            taken as it is), or fewer than two particles for the median heuristic.
     """
     if score.shape != particles.shape:
         raise ValueError(f"score: expected the particles' shape {list(particles.shape)}, got {list(score.shape)}")
+    if not (bandwidth is None or isinstance(bandwidth, Tensor) or 0 < bandwidth < math.inf):
+        raise ValueError(f"bandwidth: expected a positive finite number, got {bandwidth}")
     x, y = particles.detach(), (particles if at is None else at).detach()
     h = median_bandwidth(x, None if at is None else y) if bandwidth is None else bandwidth
-    h = torch.as_tensor(h, dtype=x.dtype)[..., None, None]
+    h = torch.as_tensor(h, dtype=x.dtype, device=x.device)[..., None, None]
     kernel = (-squared_distances(x, y) / h).exp()
     attract = kernel.mT @ score
     repel = 2 / h * (kernel.sum(-2)[..., None] * y - kernel.mT @ x)

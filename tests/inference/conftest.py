@@ -18,7 +18,7 @@ F64 = torch.float64
 
 
 def random_mdp(seed, states=3, actions=2, horizon=3, deterministic=False, scale=1.0, forbid=0.0, prior="random"):
-    """A small MDP with zeros in its transition, prior and start, and a time-varying reward."""
+    """A small MDP with zeros in its transition, prior and start, and a time-varying reward and prior."""
     rng = np.random.default_rng(seed)
 
     def rows(*shape):
@@ -30,9 +30,11 @@ def random_mdp(seed, states=3, actions=2, horizon=3, deterministic=False, scale=
     if forbid:
         reward[rng.random(reward.shape) < forbid] = -np.inf
     if prior == "random":
-        prior = rng.dirichlet(np.ones(actions), states)
-        if actions > 2:
-            prior[0] = np.eye(actions)[1] * 0.5 + np.eye(actions)[0] * 0.5
+        prior = rng.dirichlet(np.ones(actions), (horizon, states))
+        if actions > 2:  # in state 0 one action is never taken, another one in each step
+            for t in range(horizon):
+                prior[t, 0, t % actions] = 0.0
+            prior /= prior.sum(-1, keepdims=True)
     return MDP(transition, reward, initial, prior=prior)
 
 

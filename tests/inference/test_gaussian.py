@@ -29,7 +29,7 @@ CASES = [
 
 def blocks(reward, law, temperature):
     """The reward / temperature as one quadratic of the flat trajectory."""
-    weight, linear, constant = reward.over(law.horizon, law.dim, F64)
+    weight, linear, constant = reward.over(law.horizon, law.dim)
     return torch.block_diag(*weight) / temperature, linear.flatten() / temperature, constant / temperature
 
 
@@ -149,6 +149,42 @@ def test_a_deterministic_process_is_steered_to_its_goal_by_its_actions_alone(ref
         answer = law.posterior(reward, known=(value, mask), backup=backup)
         same_law(answer, mean, covariance)
         assert float(answer.log_evidence) == pytest.approx(float(log_z), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_singular_start_that_is_known_leaves_no_noise_behind(ref, seed):
+    """Two of three numbers determine a start of rank two: what is left of its noise is rounding, not noise."""
+    g = torch.Generator().manual_seed(seed)
+    G, A = torch.randn(3, 2, dtype=F64, generator=g), torch.randn(3, 3, dtype=F64, generator=g)
+    B = torch.randn(3, 1, dtype=F64, generator=g)
+    process = {"horizon": 3, "action_covariance": [[1.0]]}
+    law = LinearGaussian(A, B, initial_mean=[0.0] * 3, initial_covariance=G @ G.T, **process)
+    x, reward = law.sample(1, g)[0], QuadraticReward(torch.eye(4))
+    mask = mask_of(law, (0, 0), (0, 1), (0, 3), (1, slice(0, 3)))
+    fixed = LinearGaussian(A, B, initial_mean=x[0, :3], initial_covariance=torch.zeros(3, 3), **process)
+    exact = fixed.posterior(reward, known=(x, mask_of(law, (0, 3))))
+    answer = law.posterior(reward, known=(x, mask))
+    torch.testing.assert_close(answer.mean, exact.mean, **EXACT)
+    assert float(answer.log_evidence) == pytest.approx(float(exact.log_evidence), rel=1e-9)
+    wrong = x.clone()
+    wrong[1, 0] += 1.0
+    with pytest.raises(ValueError, match="known: impossible evidence"):
+        law.posterior(reward, known=(wrong, mask))
+
+
+@pytest.mark.parametrize("horizon", [60, 1000])
+def test_every_state_of_a_process_without_noise_may_be_known(horizon):
+    """A double integrator: each known state follows from its neighbours, which leaves the actions no freedom."""
+    law = LinearGaussian(
+        [[1.0, 0.1], [0.0, 1.0]], [[0.0], [0.1]], horizon=horizon, initial_mean=[0.0, 0.0],
+        initial_covariance=torch.eye(2), action_covariance=[[1.0]],
+    )  # fmt: skip
+    x = law.sample(1, torch.Generator().manual_seed(0))[0]
+    mask = mask_of(law, (slice(None), slice(0, 2)))
+    answer = law.posterior(QuadraticReward(torch.eye(3)), known=(x, mask))
+    torch.testing.assert_close(answer.mean[:-1], x[:-1], rtol=1e-9, atol=1e-9)
+    exact = -0.5 * x[:-1].square().sum() - 0.5 * x[-1, :2].square().sum() - 0.5 * math.log(2)  # the last action is free
+    assert float(answer.log_evidence) == pytest.approx(float(exact), rel=1e-9)
 
 
 def test_evidence_may_come_in_parts(system):
@@ -401,6 +437,17 @@ def test_the_partition_function_breaks_down_where_it_must():
     assert law.posterior(convex(0.51), backup="variational").log_evidence == pytest.approx(0.51, rel=1e-6)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e-3, 1.0, 1e6])
+def test_a_contradiction_is_one_in_every_unit(unit):
+    law = LinearGaussian(
+        [[1.0]], [[0.0]], horizon=3, initial_mean=[unit], initial_covariance=[[0.0]], action_covariance=[[1.0]]
+    )
+    mask = mask_of(law, (2, 0))
+    assert law.posterior(known=(torch.full((3, 2), unit * (1 + 1e-12)), mask)).log_evidence == 0
+    with pytest.raises(ValueError, match="known: impossible evidence"):
+        law.posterior(known=(torch.full((3, 2), unit * (1 + 1e-5), dtype=F64), mask))
+
+
 def test_impossible_and_unpromisable_known_values_are_refused(ref):
     still = ref.random_gaussian(22, noise=0.0, spread=0.0)
     value = torch.zeros(still.horizon, still.dim, dtype=F64)
@@ -431,8 +478,17 @@ def test_impossible_and_unpromisable_known_values_are_refused(ref):
     ("arguments", "message"),
     [
         ({"initial_covariance": [[1.0, 0.5], [0.0, 1.0]]}, r"initial_covariance: asymmetric at index \[0, 1\]; use"),
-        ({"noise_covariance": [[1.0, 2.0], [2.0, 1.0]]}, r"noise_covariance: indefinite at row 0, with eigenvalue -1"),
-        ({"action_covariance": [[-1.0]]}, r"action_covariance: indefinite at row 0"),
+        ({"noise_covariance": [[1.0, 2.0], [2.0, 1.0]]}, r"noise_covariance: indefinite, with eigenvalue -1"),
+        ({"action_covariance": [[-1.0]]}, r"action_covariance: indefinite, with"),
+        ({"action_covariance": [[[1.0]], [[1.0]], [[-1.0]], [[1.0]]]}, r"action_covariance: indefinite at row 2"),
+        ({"noise_covariance": [[1.0, 0.5], [0.0, 1.0]]}, r"noise_covariance: asymmetric at index \[0, 1\]"),
+        ({"action_matrix": [0.0, 1.0]}, r"action_matrix: expected shape \[n, m\] or \[H-1, n, m\], got \[2\]"),
+        (
+            {"action_matrix": [[0.0], [1.0, 2.0]]},
+            r"action_matrix: expected an array of numbers with rows of one length",
+        ),
+        ({"drift": "none"}, r"drift: expected an array of numbers"),
+        ({"horizon": math.nan}, r"horizon: expected a whole number"),
         ({"drift": [math.nan, 0.0]}, r"drift: nan at index \[0\]"),
         ({"gain": [[1.0]]}, r"gain: expected shape \[1, 2\] or \[4, 1, 2\], got \[1, 1\]"),
         ({"horizon": 0}, r"horizon: expected a whole number"),
@@ -440,10 +496,30 @@ def test_impossible_and_unpromisable_known_values_are_refused(ref):
 )
 def test_a_malformed_process_is_refused_by_name_and_index(arguments, message):
     fine = {
+        "state_matrix": torch.eye(2), "action_matrix": [[0.0], [1.0]],
         "horizon": 4, "initial_mean": [0.0, 0.0], "initial_covariance": torch.eye(2), "action_covariance": [[1.0]],
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        LinearGaussian(torch.eye(2), [[0.0], [1.0]], **{**fine, **arguments})
+        LinearGaussian(**{**fine, **arguments})
+
+
+def test_covariances_have_the_digits_of_their_dtype():
+    """A singular G · Gᵀ is singular in float32 too; small variances on a diagonal are exact, and stay."""
+
+    def noise(W):
+        process = {"horizon": 2, "initial_mean": [0.0] * 4, "initial_covariance": torch.eye(4)}
+        ones = torch.ones(4, 1)
+        law = LinearGaussian(torch.eye(4), ones, action_covariance=[[1.0]], noise_covariance=W, **process)
+        torch.testing.assert_close(law.noise_covariance[0], torch.as_tensor(W).double(), rtol=1e-5, atol=1e-5)
+        return law.noise_factor[0]
+
+    for seed in range(50):
+        G = torch.randn(4, 2, generator=torch.Generator().manual_seed(seed))
+        for W in (G @ G.T, (G @ G.T).numpy(), G.double() @ G.double().T):
+            assert (noise(W).norm(dim=0) > 0).sum() == 2
+    for W in (torch.diag(torch.tensor([1.0, 1e-8, 1e-12, 0.0])), [[1.0, 0, 0, 0], [0, 1e-14, 0, 0], [0] * 4, [0] * 4]):
+        kept = torch.as_tensor(W).double().diagonal().sqrt()
+        torch.testing.assert_close(noise(W).norm(dim=1), kept, rtol=1e-6, atol=0)
 
 
 def test_lists_of_numbers_lose_no_digits():
@@ -461,14 +537,48 @@ def test_bad_arguments_are_refused(ref):
     x = torch.zeros(law.horizon, law.dim, dtype=F64)
     with pytest.raises(ValueError, match=r"alpha_bar: expected a number in \[0, 1\), got 1"):
         law.denoise(x, 1.0)
+    for call in (lambda: law.denoise(x[:-1], 0.5), lambda: law.score(x[..., :1].expand(2, -1, -1), 0.5)):
+        with pytest.raises(ValueError, match=r"x_k: expected shape \[\.\.\., H, D\] = \[\.\.\., 5, 3\], got"):
+            call()
+    with pytest.raises(ValueError, match=r"x: expected shape \[\.\.\., H, D\] = \[\.\.\., 5, 3\], got \[4, 3\]"):
+        law.log_prob(x[:-1])
     with pytest.raises(ValueError, match="temperature: expected a positive"):
         law.posterior(temperature=-1.0)
+    with pytest.raises(ValueError, match="temperature: 1e-320 is so small that reward / temperature overflows"):
+        law.posterior(ref.random_reward(0, law), temperature=1e-320)
+    with pytest.raises(ValueError, match="reward: constant is nan"):
+        law.posterior(QuadraticReward(constant=math.nan))
+    mask = KNOWN["last"](law)
+    listed = law.posterior(known=(x.tolist(), mask.tolist()))
+    assert torch.equal(listed.mean, law.posterior(known=(x, mask)).mean)
+    with pytest.raises(ValueError, match=r"known: expected \(value, mask\), got Tensor"):
+        law.posterior(known=x)
     with pytest.raises(ValueError, match='backup: expected "variational" or "posterior"'):
         law.posterior(backup="exact")
     with pytest.raises(ValueError, match=r"reward: weight has shape \[2, 2\], expected \[5, 3, 3\] or \[3, 3\]"):
         law.posterior(QuadraticReward(torch.eye(2)))
     with pytest.raises(ValueError, match=r"reward: weight is not finite and symmetric at index \[0, 0, 1\]"):
         law.posterior(QuadraticReward(torch.tensor([[1.0, 1, 0], [0, 1, 0], [0, 0, 1]])))
+
+
+def test_everything_is_made_on_the_device_of_what_was_given(ref):
+    """With another default device, anything that is made without naming its device would clash."""
+    law, x = ref.random_gaussian(25), torch.randn(2, 5, 3, dtype=F64)
+    reward, first = ref.random_reward(26, law), KNOWN["first"](law)
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        again = LinearGaussian(
+            law.dynamics[0, :, :2], law.dynamics[0, :, 2:], horizon=5, initial_mean=[0.0, 1.0],
+            initial_covariance=law.initial_covariance, action_covariance=[[1.0]], drift=law.drift,
+        )  # fmt: skip
+        for prior in (law, again):
+            prior.given_noised(x, 0.5).sample(2, generator)
+            for backup in ("variational", "posterior"):
+                posterior = prior.posterior(reward, known=(x[0], first), backup=backup)
+                assert posterior.covariance.device == posterior.log_evidence.device == x.device
+        law.log_prob(x)
+        reward(x)
+        law.posterior(QuadraticReward([[0.0] * 3] * 3, [1.0, 0.0, 0.0]))
 
 
 def test_a_reward_toward_a_target_is_a_squared_distance():

@@ -55,6 +55,28 @@ def test_the_bandwidth_is_the_median_over_log_k():
     torch.testing.assert_close(directions[1], svgd.stein_direction(10 * x, -10 * x))
 
 
+def test_no_gradient_flows_through_the_kernel():
+    x, score = normal(6, 5, 2).requires_grad_(), normal(7, 5, 2)
+    assert not svgd.stein_direction(x, score).requires_grad
+    assert not svgd.stein_direction(x, score, at=x + 1).requires_grad
+    assert svgd.stein_direction(x.detach(), score.requires_grad_()).requires_grad
+
+
+def test_a_bandwidth_is_positive_and_goes_where_the_particles_are():
+    x = normal(8, 5, 2)
+    for bad in (0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="bandwidth: expected a positive finite number"):
+            svgd.stein_direction(x, x, bandwidth=bad)
+    elsewhere = x.to("meta")
+    for bandwidth in (0.5, None):
+        assert svgd.stein_direction(elsewhere, elsewhere, bandwidth=bandwidth).device.type == "meta"
+    with torch.device("meta"):
+        svgd.stein_direction(x, x, bandwidth=0.5)
+        svgd.stein_direction(x, x)
+        smc.next_inverse_temperature(x[:, 0], 0.1)
+        smc.stratified(x, torch.Generator().manual_seed(0))
+
+
 def test_particles_flow_to_a_gaussian_and_stay_there():
     mean, std = torch.tensor([2.0, -1.0], dtype=F64), torch.tensor([0.5, 1.5], dtype=F64)
     x = 0.3 * normal(3, 60, 2)
@@ -93,8 +115,14 @@ def test_the_effective_sample_size_counts_particles():
     w = torch.tensor([0.1, 0.2, 0.7], dtype=F64)
     assert float(smc.effective_sample_size(w.log() + 3)) == pytest.approx(float(1 / w.square().sum()), rel=1e-12)
     for bad in ([[0.0, 0.0], [-math.inf, -math.inf]], [[0.0, 0.0], [math.nan, 0.0]]):
-        with pytest.raises(ValueError, match=r"log_weight: population \[1\] holds a NaN or only zero weights"):
+        with pytest.raises(ValueError, match=r"log_weight: .*population \[1\] (holds only zero weights|is nan)"):
             smc.effective_sample_size(torch.tensor(bad))
+    infinite = torch.tensor([[0.0, 0.0], [0.0, math.inf]])
+    for call in (smc.effective_sample_size, smc.systematic, smc.stratified):
+        with pytest.raises(ValueError, match=r"log_weight: particle 1 of population \[1\] is inf; use finite"):
+            call(infinite)
+        with pytest.raises(ValueError, match=r"log_weight: expected \[\.\.\., K\] with K of at least 1"):
+            call(torch.zeros(2, 0))
 
 
 @pytest.mark.parametrize("resample", [smc.systematic, smc.stratified])
@@ -130,6 +158,18 @@ def test_equal_weights_keep_everyone():
         assert resample(torch.zeros(2, 6)).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
 
 
+def test_strata_are_drawn_on_their_own():
+    """A particle over the middle of three strata: one shared shift makes two copies, three make one to three."""
+    log_weight = torch.tensor([1 / 6, 4 / 6, 1 / 6], dtype=F64).log().expand(500, 3)
+    for resample, seen in ((smc.systematic, {2}), (smc.stratified, {1, 2, 3})):
+        copies = (resample(log_weight, torch.Generator().manual_seed(0)) == 1).sum(-1)
+        assert set(copies.tolist()) == seen
+
+
+def test_a_tooth_at_the_very_start_finds_a_living_particle():
+    assert smc._comb(torch.tensor([-math.inf, 0.0, 0.0]), torch.zeros(1, dtype=F64)).tolist() == [1, 1, 2]
+
+
 def test_a_tooth_at_the_very_end_finds_a_living_particle():
     shift = torch.tensor([1.0], dtype=F64)  # what a uniform draw just below one may round to
     assert smc._comb(torch.tensor([0.0, -math.inf, -math.inf]), shift).tolist() == [0, 0, 0]
@@ -162,6 +202,14 @@ def test_dead_particles_do_not_stall_tempering():
     assert float(smc.effective_sample_size(after * evidence)) == pytest.approx(1.4, rel=1e-9)
     with pytest.raises(ValueError, match="only zero weights"):
         smc.next_inverse_temperature(evidence[:3])
+    with pytest.raises(ValueError, match="log_evidence where log_weight is not -inf: the population holds only zero"):
+        smc.next_inverse_temperature(evidence, log_weight=torch.tensor([0.0, 0.0, 0.0, -math.inf, -math.inf]))
+    with pytest.raises(ValueError, match="log_evidence: particle 2 of the population is inf"):
+        smc.next_inverse_temperature(torch.tensor([0.0, 0.0, math.inf]))
+    with pytest.raises(ValueError, match=r"log_evidence: population \[1\] spans so many nats that no step"):
+        smc.next_inverse_temperature(torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 1e20]]), keep=0.9)
+    with pytest.raises(ValueError, match="inverse_temperature: expected numbers up to final = 1"):
+        smc.next_inverse_temperature(evidence, 1.5)
     with pytest.raises(ValueError, match=r"keep: expected a share in \(0, 1\), got 1"):
         smc.next_inverse_temperature(evidence, keep=1.0)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
-from offline_cai.inference import soft, tabular
+from offline_cai.inference import soft, tabular, temperatures
 
 F64 = torch.float64
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -86,6 +86,14 @@ def test_posterior_weights_clip_and_normalise():
     assert soft.posterior_weights(advantage, 0.5, dim=0).sum() == 1
     with pytest.raises(ValueError, match="clip: expected a positive number"):
         soft.posterior_weights(advantage, clip=0.0)
+
+
+def test_a_temperature_is_positive():
+    q = normal(0, 4)
+    for bad in (0, -1.0, math.nan, math.inf):
+        for call in (soft.soft_value, soft.soft_value_from_samples, soft.posterior_weights, soft.posterior_kl):
+            with pytest.raises(ValueError, match="temperature: expected a positive finite number, got"):
+                call(q, bad)
 
 
 # ---- divergences and densities
@@ -163,7 +171,7 @@ def test_the_temperature_meets_its_budget_and_minimises_the_dual(seed, share, sc
 
 def test_the_temperature_is_found_in_a_few_newton_steps(monkeypatch):
     plain, calls = soft.posterior_kl, []
-    monkeypatch.setattr(soft, "posterior_kl", lambda *given: calls.append(1) or plain(*given))
+    monkeypatch.setattr(temperatures, "posterior_kl", lambda *given: calls.append(1) or plain(*given))
     for budget in (0.01, 0.5, 2.0):
         calls.clear()
         soft.temperature_for_kl(normal(0, 5, 16), budget)
@@ -180,8 +188,51 @@ def test_a_budget_that_the_samples_cannot_express_is_an_error():
     with pytest.raises(ValueError, match=r"the best samples tie and at most 0\.6931 nats"):
         soft.temperature_for_kl(tied, 0.7)
     assert soft.temperature_for_kl(tied, 0.69) > 0
+    rows = torch.tensor([[1.0, 1.0, 0.0, 0.0], [5.0, 0.0, 0.0, -1.0]])  # at most log 2 and log 4 nats
+    with pytest.raises(ValueError, match=r"the best samples tie and at most 1\.04 nats"):
+        soft.temperature_for_kl(rows, 1.05)
+    assert float(soft.posterior_kl(rows.double(), soft.temperature_for_kl(rows, 1.03)).mean()) == pytest.approx(1.03)
     with pytest.raises(ValueError, match=r"advantage: not finite at index \[1\]"):
         soft.temperature_for_kl(torch.tensor([0.0, math.nan, 1.0]), 0.5)
+
+
+@pytest.mark.parametrize("unit", [1e-310, 1e-30, 1e30, 1e308])
+def test_the_temperature_scales_with_the_advantage(unit):
+    advantage = torch.tensor([-1.7, 0.1, 0.4, 1.7], dtype=F64)
+    scaled = soft.temperature_for_kl(unit * advantage, 0.5) / unit
+    assert float(scaled) == pytest.approx(float(soft.temperature_for_kl(advantage, 0.5)), rel=1e-9)
+
+
+def test_a_budget_that_rounding_hides_is_an_error():
+    advantage = normal(0, 16)
+    for tiny in (1e-16, 1e-300):
+        with pytest.raises(ValueError, match=r"budget: 1e-.* nats is below the rounding of a KL"):
+            soft.temperature_for_kl(advantage, tiny)
+        with pytest.raises(ValueError, match=r"budget: 1e-.* nats is below the rounding of a KL"):
+            soft.gaussian_temperature(torch.ones(2), torch.eye(2), tiny, torch.eye(2))
+    assert float(soft.posterior_kl(advantage, soft.temperature_for_kl(advantage, 1e-11))) == pytest.approx(
+        1e-11, rel=1e-3
+    )
+    nearly = torch.tensor([0.0, -1e-310, -1.0], dtype=F64)
+    with pytest.raises(ValueError, match="budget: too large: no temperature"):
+        soft.temperature_for_kl(nearly, 1.09)
+    with pytest.raises(ValueError, match="budget: too large: no temperature"):
+        soft.gaussian_temperature(torch.zeros(2), torch.eye(2), 1e4, torch.eye(2))
+
+
+def test_a_sample_that_cannot_be_has_weight_zero():
+    advantage = torch.tensor([[0.0, -math.inf], [0.0, -1e9]], requires_grad=True)
+    kl = soft.posterior_kl(advantage, 1.0)
+    torch.testing.assert_close(kl, torch.full((2,), math.log(2)))
+    (slope,) = torch.autograd.grad(kl.sum(), advantage)
+    assert slope.eq(0).all()
+
+
+def test_the_dual_sends_no_gradient_into_the_advantages():
+    advantage, temperature = normal(0, 4, 8).requires_grad_(), torch.tensor(0.7, dtype=F64, requires_grad=True)
+    soft.temperature_dual(advantage, temperature, 0.5).backward()
+    assert advantage.grad is None
+    assert temperature.grad is not None
 
 
 @pytest.mark.parametrize("bent", [False, True, "convex"])
@@ -207,6 +258,12 @@ def test_the_gaussian_temperature_refuses_what_has_no_answer():
         soft.gaussian_temperature(torch.ones(2), eye, 0.0)
     with pytest.raises(ValueError, match="covariance: not positive definite"):
         soft.gaussian_temperature(torch.ones(2), -eye, 1.0)
+    with pytest.raises(ValueError, match=r"gradient: not finite at index \[1\]"):
+        soft.gaussian_temperature(torch.tensor([0.0, math.nan]), eye, 1.0)
+    with pytest.raises(ValueError, match=r"curvature: asymmetric at index \[0, 1\]"):
+        soft.gaussian_temperature(torch.ones(2), eye, 1.0, torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"curvature: not finite at index \[0, 0\]"):
+        soft.gaussian_temperature(torch.ones(2), eye, 1.0, math.nan * eye)
 
 
 # ---- multi-step returns
@@ -299,12 +356,36 @@ def test_retrace_is_unbiased_at_the_right_q(ref):
     assert error[:, 0].std() > 0.1
 
 
+def test_padding_may_hold_anything():
+    """NaN in the rows that are not valid, and in the state after a true end, changes nothing."""
+    reward, value, terminal, valid, length = windows(6)
+    q, log_ratio = normal(9, *reward.shape), normal(10, *reward.shape)
+    rows = torch.arange(len(reward))
+    ends = terminal.any(1)
+    assert ends.any() and (length < reward.shape[1]).any()
+    noisy_value = value.masked_fill(torch.arange(value.shape[1]) > length[:, None], math.nan)
+    noisy_value[rows[ends], length[ends]] = math.nan
+    noisy_q, noisy_ratio = q.masked_fill(~valid, math.nan), log_ratio.masked_fill(~valid, math.nan)
+    clean = reward.nan_to_num()
+    for call, plain, noisy in (
+        (soft.gae, (clean, value, terminal), (reward, noisy_value, terminal)),
+        (soft.td_lambda, (clean, value, terminal), (reward, noisy_value, terminal)),
+        (soft.retrace, (clean, q, value, terminal, log_ratio), (reward, noisy_q, noisy_value, terminal, noisy_ratio)),
+    ):
+        torch.testing.assert_close(call(*noisy, 0.9, 0.8, valid), call(*plain, 0.9, 0.8, valid), **EXACT)
+
+
 def test_wrong_shapes_of_windows_are_refused():
     flat, flags = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"value: expected \[B, H\+1\] = \[2, 4\]"):
         soft.gae(flat, flat, flags, 0.9, 0.9)
     with pytest.raises(ValueError, match=r"valid: expected \[B, H\] = \[2, 3\]"):
         soft.gae(flat, torch.zeros(2, 4), flags, 0.9, 0.9, flags[:1])
+    with pytest.raises(ValueError, match=r"reward: expected \[B, H\] with H of at least 1, got \[3\]"):
+        soft.td_lambda(flat[0], torch.zeros(4), flags[0], 0.9, 0.9)
+    for name, q, log_ratio in (("q", flat[:, :2], flat), ("log_ratio", flat, flat[:1])):
+        with pytest.raises(ValueError, match=rf"{name}: expected \[B, H\] = \[2, 3\]"):
+            soft.retrace(flat, q, torch.zeros(2, 4), flags, log_ratio, 0.9)
 
 
 # ---- conjugate gradients

@@ -109,9 +109,10 @@ def test_elbo_and_kl_are_sums_over_trajectories(small, ref):
 def test_evidence_is_elbo_plus_kl_for_any_law(ref, seed):
     mdp = ref.random_mdp(seed, states=6, actions=3, horizon=40, scale=5.0)
     exact, other = solve(mdp, 0.7, "posterior"), ref.random_mdp(seed + 50, states=6, actions=3, horizon=40)
+    allowed = ref.random_policy(seed, mdp) * (np.exp(mdp.log_prior) > 0)
     laws = {
         "its own policy": {"policy": solve(mdp, 0.7).policy},
-        "any policy": {"policy": ref.random_policy(seed, mdp) * 0.9 + 0.1 * np.exp(mdp.log_prior)},
+        "any policy": {"policy": allowed / allowed.sum(-1, keepdims=True)},
         "another start and dynamics": {
             "policy": exact.policy,
             "initial": other.initial * 0.5 + 0.5 * mdp.initial,
@@ -119,10 +120,9 @@ def test_evidence_is_elbo_plus_kl_for_any_law(ref, seed):
         },
     }
     for law in laws.values():
-        if np.isfinite(elbo(mdp, temperature=0.7, **law)):
-            total = elbo(mdp, temperature=0.7, **law) + kl_to_posterior(mdp, temperature=0.7, **law)
-            assert total == pytest.approx(exact.log_evidence, rel=1e-9)
-    assert np.isfinite(elbo(mdp, temperature=0.7, **laws["another start and dynamics"]))
+        bound, gap = elbo(mdp, temperature=0.7, **law), kl_to_posterior(mdp, temperature=0.7, **law)
+        assert np.isfinite(bound)
+        assert bound + gap == pytest.approx(exact.log_evidence, rel=1e-9)
 
 
 def test_the_whole_family_reaches_zero_and_the_policy_alone_leaves_the_stated_gap(ref):
@@ -171,6 +171,8 @@ def test_objectives_agree_with_the_bound_and_peak_at_the_variational_policy(ref)
     assert tabular.maximum_entropy_objective(mdp, counting.policy, temperature) == pytest.approx(
         temperature * counting.log_evidence, rel=1e-12
     )
+    entropic = tabular.kl_regularised_objective(mdp, policy, temperature, prior="counting")
+    assert entropic == pytest.approx(plain, rel=1e-12)
     old = ref.random_policy(4, mdp)  # a time-varying policy as the prior
     assert tabular.kl_regularised_objective(mdp, policy, temperature, prior=old) == pytest.approx(
         (joint * (mdp.reward - temperature * (log_policy - np.log(old)))).sum(), rel=1e-12
@@ -231,7 +233,7 @@ def test_names_of_states_and_actions_do_not_matter(ref, seed, backup):
         mdp.transition[s][:, a][:, :, s],
         mdp.reward[:, s][:, :, a],
         mdp.initial[s],
-        prior=np.asarray(mdp.prior)[s][:, a],
+        prior=np.asarray(mdp.prior)[:, s][:, :, a],
     )
     before, after = solve(mdp, 0.9, backup), solve(renamed, 0.9, backup)
     np.testing.assert_allclose(after.policy, before.policy[:, s][:, :, a], **EXACT)
@@ -303,7 +305,7 @@ def discounted(ref, seed, discount=0.95, forbid=False):
     reward = mdp.reward[0].copy()
     if forbid:
         reward[:, 0] = -np.inf
-    return MDP(mdp.transition, reward, mdp.initial, discount=discount, prior=mdp.prior)
+    return MDP(mdp.transition, reward, mdp.initial, discount=discount, prior=mdp.prior[0])
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5, 0.99, 0.999])
@@ -347,6 +349,35 @@ def test_a_forbidden_pair_far_ahead_ruins_a_discounted_policy():
     assert elbo(mdp, [0.0, 1.0]) == pytest.approx(-10 * np.log(2))
     with pytest.raises(ValueError, match="no policy surely avoids"):
         solve(MDP(transition, reward, [0.0, 0.0, 1.0, 0.0], discount=0.9))
+
+
+def test_a_forbidden_state_at_the_end_of_a_long_chain():
+    """Every state of the chain may step off it; nothing is lost before the last one, however far away that is."""
+    n = 80
+    transition, reward = np.zeros((n + 1, 2, n + 1)), np.zeros((n + 1, 2))
+    transition[np.arange(n), 0, np.minimum(np.arange(n) + 1, n - 1)] = 1.0
+    transition[:, 1, n] = 1.0  # the safe state, for a price
+    transition[n, 0, n] = 1.0
+    reward[:n, 1], reward[n - 1] = -1.0, -np.inf
+    escape = MDP(transition, reward, np.eye(n + 1)[0], discount=0.3)
+    values, policies = tabular.value_iteration(escape), tabular.policy_iteration(escape)
+    assert np.isfinite(values.v).tolist() == [True] * (n - 1) + [False, True]
+    np.testing.assert_allclose(policies.v, values.v, rtol=1e-9)
+    trapped = transition.copy()
+    trapped[:n, 1] = trapped[:n, 0]
+    start = MDP(trapped, reward, np.eye(n + 1)[n], discount=0.3)
+    for solver in (tabular.value_iteration, tabular.policy_iteration, solve):
+        assert np.isfinite(solver(start).v).tolist() == [False] * n + [True]
+        with pytest.raises(ValueError, match="from start state 0 no policy surely avoids"):
+            solver(MDP(trapped, reward, np.eye(n + 1)[0], discount=0.3))
+
+
+def test_a_discount_near_one_is_solved_in_few_rounds(ref):
+    mdp = discounted(ref, 18, 1 - 1e-9)
+    exact = solve(mdp, 0.7)
+    q = mdp.reward / 0.7 + mdp.discount * mdp.transition @ exact.v
+    np.testing.assert_allclose(logsumexp(q + mdp.log_prior, axis=1), exact.v, rtol=1e-9)
+    assert elbo(mdp, exact.policy, 0.7) == pytest.approx(exact.log_evidence, rel=1e-6)
 
 
 def test_a_discounted_optimum_beats_other_policies(ref):
@@ -401,6 +432,12 @@ def changed(array, at, value):
         ({"reward": np.zeros((4, 2, 2))}, r"horizon: expected .*\(the reward has 4 steps\), got 3"),
         ({"horizon": None}, r"horizon: missing; give"),
         ({"horizon": 0}, r"horizon: expected a whole number"),
+        ({"horizon": np.nan}, r"horizon: expected a whole number .* got nan"),
+        (
+            {"transition": [[[1, 0], [1]], [[1, 0], [0, 1]]]},
+            r"transition: expected an array of numbers with rows of one",
+        ),
+        ({"reward": "high"}, r"reward: expected an array of numbers"),
         ({"discount": 0.9}, r"discount: a horizon is given as well"),
         ({"horizon": None, "discount": 1.0}, r"discount: expected a number in \[0, 1\), got 1"),
         ({"prior": [0.5, 0.6]}, r"prior: row|prior: the distribution sums to 1\.1"),
@@ -425,6 +462,14 @@ def test_impossible_evidence_and_bad_arguments_are_refused():
     fine = MDP(CHAIN, REWARD, START, horizon=3)
     with pytest.raises(ValueError, match="temperature: expected a positive"):
         solve(fine, 0.0)
+    for tiny in (1e-320, 1e-306):
+        for call in (solve, tabular.most_probable_trajectory, tabular.forward_messages):
+            with pytest.raises(ValueError, match=r"temperature: 1e-\d+ is so small that rewards of 1e\+04 .* overflow"):
+                call(MDP(CHAIN, [[1e4, 0.0], [0.0, 0.0]], START, horizon=3), tiny)
+    with pytest.raises(ValueError, match="temperature: expected a positive finite number, got 'auto'"):
+        solve(fine, "auto")
+    with pytest.raises(ValueError, match="policy: expected an array of numbers"):
+        elbo(fine, "counting")
     with pytest.raises(ValueError, match='backup: expected "variational" or "posterior", got "soft"'):
         solve(fine, backup="soft")
     with pytest.raises(ValueError, match=r"policy: row \[1\] sums to 0\.9"):
