@@ -187,6 +187,32 @@ def test_every_state_of_a_process_without_noise_may_be_known(horizon):
     assert float(answer.log_evidence) == pytest.approx(float(exact), rel=1e-9)
 
 
+def test_what_is_told_twice_is_told_once(ref):
+    law, reward = ref.random_gaussian(27), ref.random_reward(28, ref.random_gaussian(27))
+    x, mask = law.sample(1, torch.Generator().manual_seed(0))[0], KNOWN["some numbers"](law)
+    once = law.posterior(known=(x, mask))
+    twice = once.posterior(known=(x, mask))
+    same_law(twice, once.mean.flatten(), once.covariance)
+    exact = law.posterior(reward, known=(x, mask))
+    answer = once.posterior(reward, known=(x, mask))
+    assert float(answer.log_evidence) == pytest.approx(float(exact.log_evidence), rel=1e-9)
+
+
+def test_redundant_numbers_count_once_and_must_agree():
+    """A number that stays as it is, known twice: its density is that of sqrt(2) times it."""
+    law = LinearGaussian(
+        [[1.0]], [[0.0]], horizon=2, initial_mean=[0.0], initial_covariance=[[1.0]], action_covariance=[[1.0]]
+    )
+    zero, mask = torch.zeros(2, 2, 2, dtype=F64), mask_of(law, (0, 0), (1, 0))
+    value = torch.tensor([[0.7, 0.0], [0.7, 0.0]], dtype=F64)
+    exact = -0.5 * 0.7**2 - 0.5 * math.log(2 * math.pi) - 0.5 * math.log(2)
+    told = tilt(law, zero, zero[:, 0], zero[0, 0, 0], (value, mask))
+    assert float(told.log_evidence) == pytest.approx(exact, rel=1e-12)
+    value[1, 0] = 0.8
+    with pytest.raises(ValueError, match="known: impossible evidence"):
+        tilt(law, zero, zero[:, 0], zero[0, 0, 0], (value, mask))
+
+
 def test_evidence_may_come_in_parts(system):
     law, reward, temperature, _, _ = system
     half = QuadraticReward(reward.weight / 2, reward.linear / 2, reward.constant / 2)
