@@ -10,176 +10,22 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
-from gymnasium.vector import VectorEnv
 from tqdm import tqdm
 
-from offline_cai import config, provenance, seeding
-from offline_cai.core import Episode, Policy, Spec
+from offline_cai import behaviours, config, provenance, seeding
+from offline_cai.core import Episode
 from offline_cai.data import minari, scores
-from offline_cai.environments.actors import Actor, Mode
-from offline_cai.environments.behaviour import MazeController, Noisy, RandomPolicy
 from offline_cai.environments.make import env_spec, make, vectorise
-from offline_cai.environments.maze2d import Maze
 from offline_cai.environments.rollout import rollout
-from offline_cai.errors import Interrupted, UserError, did_you_mean
+from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation.evaluate import protocol
-
-# Behaviours ----------------------------------------------------------------------------------------------------------
-
-
-class Behaviour(Protocol):
-    """Who acts: what stands in a recipe's `behaviour` beside `policy` and `share`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def digest(self) -> str | None:
-        """A hash of the file that it acts from, None without one."""
-        ...
-
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy: ...
-
-
-@dataclass(frozen=True)
-class Controller:
-    """The scripted controller of the point mazes."""
-
-    kp: float = 10.0
-    """Action per metre to the next waypoint."""
-    kd: float = 1.0
-    """Action per metre per second."""
-    noise: float = 0.5
-    """Standard deviation of the noise on actions."""
-    jitter: float = 0.1
-    """Metres by which waypoints are moved at most."""
-    switch: float = 0.1
-    """Metres to a waypoint within which the next one is taken."""
-
-    name = "scripted maze controller"
-    digest = None
-
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
-        return MazeController(spec, _maze(environment), seed, **asdict(self))
-
-
-@dataclass(frozen=True)
-class Random:
-    """Uniform actions."""
-
-    name = "random"
-    digest = None
-
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
-        return RandomPolicy(spec, seed)
-
-
-@dataclass(frozen=True)
-class FromFile:
-    """An actor from an .npz file, with noise."""
-
-    file: str
-    """A path, or a name in datasets/actors/."""
-    mode: Mode = "stochastic"
-    """stochastic, or deterministic: the mean of its Gaussian."""
-    gaussian: float = 0.0
-    """Standard deviation of noise added to actions in [-1, 1] space."""
-    epsilon: float = 0.0
-    """Probability of a uniform action instead."""
-
-    @property
-    def name(self) -> str:
-        return f"actor {Path(self.file).stem}, {self.mode}{_noise(self.gaussian, self.epsilon)}"
-
-    @property
-    def digest(self) -> str:
-        return _digest(self._path)
-
-    @property
-    def _path(self) -> Path:
-        return config.find(self.file, "datasets/actors")
-
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
-        return _noisy(Actor(self._path, spec, seed, self.mode), spec, seed, self.gaussian, self.epsilon)
-
-
-@dataclass(frozen=True)
-class FromRun:
-    """The policy of a run of this package, with noise."""
-
-    run: str | None = None
-    """A run's folder or one of its checkpoints."""
-    gaussian: float = 0.0
-    """Standard deviation of noise added to actions in [-1, 1] space."""
-    epsilon: float = 0.0
-    """Probability of a uniform action instead."""
-
-    @property
-    def name(self) -> str:
-        return f"policy of the run {self.run}{_noise(self.gaussian, self.epsilon)}"
-
-    @property
-    def digest(self) -> str:
-        return _digest(self._checkpoint / "manifest.json")
-
-    @property
-    def _checkpoint(self) -> Path:
-        from offline_cai.training import checkpoint
-
-        if self.run is None:
-            raise UserError(
-                "this recipe collects with a policy that was trained here, and names none: say which one acts with "
-                "--behaviour.run RUN, a run's folder or one of its checkpoints."
-            )
-        return checkpoint.find(self.run)
-
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
-        from offline_cai.training import checkpoint
-
-        algorithm = checkpoint.load(self._checkpoint)
-        if (algorithm.spec.obs, algorithm.spec.action) != (spec.obs, spec.action):
-            raise UserError(
-                f"the run {self.run} was trained for observations {_fields(algorithm.spec)} and actions of width "
-                f"{algorithm.spec.action_width}, but the environment has {_fields(spec)} and {spec.action_width}: "
-                "name a run on data of this environment, or another --environment."
-            )
-        return _noisy(algorithm.policy(seed=seed), spec, seed, self.gaussian, self.epsilon)
-
-
-BEHAVIOURS: Mapping[str, Callable[..., Behaviour]] = {
-    "maze-controller": Controller,
-    "actor": FromFile,
-    "checkpoint": FromRun,
-    "random": Random,
-}
-
-
-def _maze(environments: VectorEnv) -> Maze:
-    return Maze.of(environments.envs[0])  # type: ignore[attr-defined]
-
-
-def _noisy(policy: Policy, spec: Spec, seed: int, gaussian: float, epsilon: float) -> Policy:
-    return Noisy(policy, spec, seed, gaussian, epsilon) if gaussian or epsilon else policy
-
-
-def _noise(gaussian: float, epsilon: float) -> str:
-    return "".join(f", {name} {value}" for name, value in (("gaussian", gaussian), ("epsilon", epsilon)) if value)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _fields(spec: Spec) -> str:
-    return "(" + ", ".join(f"{part.name}: {part.width}" for part in spec.obs) + ")"
-
 
 # Recipes -------------------------------------------------------------------------------------------------------------
 
@@ -222,7 +68,7 @@ class Recipe:
                 )
 
     @property
-    def behaviours(self) -> list[tuple[float, Behaviour]]:
+    def behaviours(self) -> list[tuple[float, behaviours.Behaviour]]:
         """(share of the steps, behaviour), in the order of collection.
 
         Raises:
@@ -230,7 +76,8 @@ class Recipe:
         """
         given = [self.behaviour] if isinstance(self.behaviour, Mapping) else list(self.behaviour)
         found = [
-            _behaviour(dict(one), f"behaviour[{i}]" if len(given) > 1 else "behaviour") for i, one in enumerate(given)
+            behaviours.parse(dict(one), f"behaviour[{i}]" if len(given) > 1 else "behaviour")
+            for i, one in enumerate(given)
         ]
         if abs(sum(share for share, _ in found) - 1) > 1e-9 or any(share <= 0 for share, _ in found):
             raise UserError(f"the shares of the behaviours are {[share for share, _ in found]}; they have to sum to 1.")
@@ -242,15 +89,6 @@ class Recipe:
         data = {name: value for name, value in config.to_dict(self).items() if (name, value) != ("parts", 1)}
         digests = [digest for _, behaviour in self.behaviours if (digest := behaviour.digest) is not None]
         return _hash({**data, "files": digests} if digests else data)
-
-
-def _behaviour(data: dict[str, Any], where: str) -> tuple[float, Behaviour]:
-    policy, share = data.pop("policy", "maze-controller"), data.pop("share", 1.0)
-    if policy not in BEHAVIOURS:
-        raise UserError(f"{where}: there is no policy {policy!r}; {did_you_mean(str(policy), BEHAVIOURS)}")
-    if not isinstance(share, int | float) or isinstance(share, bool):
-        raise UserError(f"{where}: share is {share!r}; it has to be a number between 0 and 1.")
-    return float(share), config.build(BEHAVIOURS[policy], data, where)  # type: ignore[arg-type]
 
 
 def _hash(data: Any) -> str:
@@ -284,8 +122,8 @@ def controller_arguments(note: Mapping[str, Any]) -> dict[str, float]:
     """Arguments of the maze controller that collected a dataset, from its metadata; empty if none did."""
     given = note.get("recipe", {}).get("behaviour", {})
     for one in [given] if isinstance(given, Mapping) else given:
-        _, behaviour = _behaviour(dict(one), "behaviour")
-        if isinstance(behaviour, Controller):
+        _, behaviour = behaviours.parse(dict(one), "behaviour")
+        if isinstance(behaviour, behaviours.Controller):
             return asdict(behaviour)
     return {}
 
@@ -297,7 +135,7 @@ class Part(NamedTuple):
     """A piece of a collection that does not depend on the others."""
 
     number: int
-    behaviour: Behaviour
+    behaviour: behaviours.Behaviour
     steps: int  # per environment
     seed: int
 

@@ -17,7 +17,7 @@ import minari as real_minari
 import numpy as np
 import pytest
 
-from offline_cai import collect, config
+from offline_cai import behaviours, collect, config
 from offline_cai.core import Episode
 from offline_cai.data import minari
 from offline_cai.environments.make import make, register
@@ -65,7 +65,7 @@ def test_shipped_recipes_are_whole(name: str) -> None:
     assert collect.recipe_of(recipe.id) == recipe
     assert sum(p.steps for p in collect.parts(recipe)) * recipe.environments == recipe.steps
     for _, behaviour in recipe.behaviours:
-        if not isinstance(behaviour, collect.FromRun):
+        if not isinstance(behaviour, behaviours.FromRun):
             assert behaviour.name and (behaviour.digest is None or len(behaviour.digest) == 64)
     env = make(recipe.environment, recipe.kwargs)
     assert env.spec is not None and recipe.kwargs.get("max_episode_steps", 1000) == env.spec.max_episode_steps
@@ -109,9 +109,9 @@ def test_a_mixture_is_one_behaviour_after_the_other(monkeypatch: pytest.MonkeyPa
     assert 240 in ends, "half of the steps each"
     half = int(np.flatnonzero(ends == 240)[0]) + 1
     for file, own in zip(names, (both[:half], both[half:]), strict=True):
-        actor = collect.FromFile(f"{file}.npz", mode="deterministic").policy(None, store.spec, 0)  # type: ignore[arg-type]
+        actor = behaviours.FromFile(f"{file}.npz", mode="deterministic").policy(None, store.spec, 0)  # type: ignore[arg-type]
         error = [np.mean(np.abs(actor.act(e.obs[:-1])[0] - e.action)) for e in own]
-        other = collect.FromFile(f"{names[1 - names.index(file)]}.npz", "deterministic")
+        other = behaviours.FromFile(f"{names[1 - names.index(file)]}.npz", "deterministic")
         swapped = other.policy(None, store.spec, 0)  # type: ignore[arg-type]
         wrong = [np.mean(np.abs(swapped.act(e.obs[:-1])[0] - e.action)) for e in own]
         assert np.mean(error) < np.mean(wrong), f"{file} acted in its half"
