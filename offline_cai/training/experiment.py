@@ -34,8 +34,8 @@ class TrainingConfig:
     """Steps between checkpoints; the last step always has one."""
     keep: int = 2
     """Checkpoints to keep."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the forward pass, by Accelerate."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Precision of the forward pass, by Accelerate (bf16 is slow on CPUs that have no instructions for it)."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers beside metrics.jsonl: tensorboard, or none."""
 
