@@ -26,6 +26,7 @@ from offline_cai.environments.make import env_spec, make, vectorise
 from offline_cai.environments.rollout import rollout
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation.evaluate import protocol
+from offline_cai.interrupts import Interrupt
 
 # Recipes -------------------------------------------------------------------------------------------------------------
 
@@ -269,15 +270,23 @@ def _collect_parts(recipe: Recipe, todo: list[Part], folder: Path, quiet: bool) 
     before = sum(part.steps * recipe.environments for part, have in zip(todo, kept, strict=True) if have)
     if before and not quiet:
         print(f"going on with {before} of {recipe.steps} steps that were collected before")
-    with tqdm(
-        total=recipe.steps, initial=before, desc="collect", unit="step", disable=quiet, dynamic_ncols=True
-    ) as progress:
+    with (
+        tqdm(
+            total=recipe.steps, initial=before, desc="collect", unit="step", disable=quiet, dynamic_ncols=True
+        ) as progress,
+        Interrupt() as interrupt,
+    ):
+
+        def advance(steps: int) -> None:
+            progress.update(steps)
+            interrupt.check()
+
         try:
             for part, path, have in zip(todo, paths, kept, strict=True):
                 if have is None:
                     began = time.monotonic()
                     policy = part.behaviour.policy(envs, spec, part.seed)
-                    episodes = rollout(envs, spec, policy, part.seed, steps=part.steps, progress=progress.update)
+                    episodes = rollout(envs, spec, policy, part.seed, steps=part.steps, progress=advance)
                     have = Collected(episodes, time.monotonic() - began)
                     _save(path, have)
                 finished.append(have)

@@ -4,12 +4,10 @@ import fcntl
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.files import write_text
+from offline_cai.interrupts import Interrupt
 from offline_cai.provenance import versions
 from offline_cai.training import checkpoint
 from offline_cai.training.experiment import Experiment, TrainingConfig
@@ -78,7 +77,7 @@ def _steps(
 
     step, path, began = start, None, time.monotonic() - metrics.seconds
     progress = tqdm(total=c.steps, initial=start, desc="train", unit="step", disable=quiet, dynamic_ncols=True)
-    with _Interrupt() as interrupt, progress:
+    with Interrupt() as interrupt, progress:
         while step < c.steps:
             state.set_learning_rate(step)
             metrics_of_step = algorithm.update(source(step).to(accelerator.device), state)
@@ -155,25 +154,6 @@ def _require_finite(finite: Mapping[str, bool], step: int, output: Path) -> None
             raise UserError(
                 f"training diverged: {name} is not finite at step {step}. Lower training.learning_rate; {kept}."
             )
-
-
-class _Interrupt:
-    """Turns the first Ctrl-C into a request that the loop honours after its step; the second one stops at once."""
-
-    def __enter__(self) -> "_Interrupt":
-        self.asked, self._before = False, None
-        with suppress(ValueError):  # outside the main thread, whoever runs it handles signals
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
 
 
 class TrainingState:
