@@ -251,6 +251,8 @@ def _data(args: argparse.Namespace, flags: dict[str, str]) -> None:
 
     if (args.name is None) != (args.action == "list"):
         raise UserError(f"`data {args.action}` " + ("takes no NAME." if args.name else "needs the NAME of a dataset."))
+    if args.picture is not None and args.action != "show":
+        raise UserError("--picture goes with `data show`.")
     facts = commands.data(args.action, args.name, args.picture)
     if args.json:
         print(json.dumps(facts))

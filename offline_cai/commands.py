@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from offline_cai.data.describe import describe
 from offline_cai.data.describe import picture as draw_data
 from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.maze2d import Maze
-from offline_cai.errors import UserError
+from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation import evaluate as evaluation
 from offline_cai.evaluation import plots, references
 from offline_cai.files import read_json, write_text
@@ -38,8 +39,14 @@ from offline_cai.training.experiment import Experiment
 
 
 def new_run(name: str) -> Path:
-    """runs/NAME/DATE-TIME."""
-    return Path("runs") / name / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    """A new folder runs/NAME/DATE-TIME, with a number behind it where two runs begin in one second."""
+    stem = Path("runs") / name / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    for number in count(1):
+        path = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("unreachable")
 
 
 @contextmanager
@@ -63,17 +70,20 @@ def new_folder(target: Path, overwrite: bool, files: set[str]) -> Iterator[Path]
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     except OSError as error:
         raise UserError(f"cannot write {target}: {error}.") from error
+    aside = temporary.with_name(f"{temporary.name}.replaced")
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         if target.exists():
-            os.replace(target, temporary.with_suffix(".old"))
+            os.replace(target, aside)
         os.replace(temporary, target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error}.") from error
     finally:
+        if aside.exists() and not target.exists():
+            os.replace(aside, target)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -96,7 +106,7 @@ def note_stage(run: Path, name: str, seconds: float, add: bool = False) -> None:
 def data(action: str, name: str | None, picture: Path | None = None) -> dict[str, Any]:
     """Datasets by name (list), what is in one (show), or that one after it was read and checked again (validate)."""
     if action == "list":
-        recipes = {collecting.load(recipe).id: f"offline-cai collect {recipe}" for recipe in config.names("datasets")}
+        recipes = {id_: f"offline-cai collect {recipe}" for id_, recipe in minari.recipes().items()}
         return recipes | {name: str(minari.dataset_root() / name) for name in minari.local_ids()}
     assert name is not None
     if action == "validate":
@@ -104,6 +114,8 @@ def data(action: str, name: str | None, picture: Path | None = None) -> dict[str
         return {"dataset": name, "valid": True, "episodes": store.num_episodes, "steps": store.num_steps}
     store = catalogue.trajectories(name)
     if picture is not None:
+        if picture.exists():
+            raise UserError(f"{picture} exists already and is not overwritten: name another file.")
         try:
             draw_data(store, picture)
         except (OSError, ValueError) as error:
@@ -120,10 +132,8 @@ def train(exp: Experiment, output: Path | None = None, resume: bool = False, qui
     began = time.monotonic()
     try:
         loop.train(exp, run, resume, quiet)
-    except BaseException:
-        with suppress(UserError):  # what stopped the training is what has to be told
-            if (run / "config.yaml").is_file():
-                note_stage(run, "train", time.monotonic() - began, add=resume)
+    except Interrupted:
+        note_stage(run, "train", time.monotonic() - began, add=resume)
         raise
     note_stage(run, "train", time.monotonic() - began, add=resume)
     return run

@@ -102,6 +102,31 @@ def test_overwriting_replaces_only_what_the_command_writes(run: Path, tmp_path: 
         commands.plan(run, count=1, seed=0, output=precious / "thesis.tex" / "x")
 
 
+def test_a_failed_replacement_puts_back_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out.v2"
+    target.mkdir()
+    (target / "a").write_text("old")
+    real, calls = commands.os.replace, []
+
+    def replace(source: Path, destination: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, destination)
+
+    monkeypatch.setattr(commands.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), commands.new_folder(target, True, {"a"}) as folder:
+        (folder / "a").write_text("new")
+    assert (target / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out.v2"]
+
+
+def test_runs_that_begin_in_one_second_get_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len({commands.new_run("x") for _ in range(5)}) == 5
+
+
 def test_results_name_the_checkpoint_they_are_of(run: Path, tmp_path: Path) -> None:
     first = run / "checkpoints" / "step-00000010"
     data = commands.evaluate(first, flags={"episodes": "2", "references": "[]"}, output=tmp_path / "e", quiet=True)

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from offline_cai.data import d4rl, d4rl_download, minari
+from offline_cai.data import d4rl, d4rl_download, d4rl_file, minari
 from offline_cai.data.cache import cache_at
 from offline_cai.data.trajectories import Trajectories, digests, verify
 from offline_cai.errors import UserError
@@ -33,8 +33,9 @@ def validate(name: str) -> Trajectories:
     store = trajectories(name)
     assert store.path is not None
     verify(store.path)
+    source = str(d4rl_file.locate(name)[1]) if is_d4rl(name) else name  # downloads live in the cache too
     with tempfile.TemporaryDirectory() as folder, cache_at(folder):
-        again = trajectories(name)
+        again = trajectories(source)
         assert again.path is not None
         if digests(again.path) != digests(store.path):
             raise UserError(f"{name!r} no longer holds what was converted to {store.path}: delete that folder.")

@@ -28,7 +28,9 @@ def check_episode(spec: Spec, episode: Episode, where: str) -> None:
             )
     if episode.log_prob is not None and np.shape(episode.log_prob) != (steps,):
         raise UserError(f"{where}: log-probabilities have shape {np.shape(episode.log_prob)}, not ({steps},).")
-    for name, array in (("observations", obs), ("actions", action), ("rewards", reward)):
+    log_prob = np.zeros(1) if episode.log_prob is None else np.asarray(episode.log_prob)
+    numbers = (("observations", obs), ("actions", action), ("rewards", reward), ("log-probabilities", log_prob))
+    for name, array in numbers:
         bad = np.argwhere(~np.isfinite(np.asarray(array, dtype=np.float32)))
         if len(bad):
             raise UserError(

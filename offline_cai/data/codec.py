@@ -54,21 +54,23 @@ class Normaliser(nn.Module):
                 sample.add(part)
         centre, spread = moments.limits() if self.kind in ("limits", "quantile") else moments.gaussian()
         scale = np.where(spread > 1e-6 * np.maximum(1, np.abs(centre)), spread, 1.0)
-        self.shift.copy_(torch.from_numpy(centre))
         self.scale.copy_(torch.from_numpy(scale))
-        if self.kind == "quantile":
+        if self.kind != "quantile":
+            self.shift.copy_(torch.from_numpy(centre))
+        else:  # in raw units: a shift would round away the small values of a heavy-tailed column
             for column, values in enumerate(sample.rows().T):
-                knots, levels = _distribution((values - centre[column]) / scale[column])
+                knots, levels = _distribution(values.astype(np.float64), scale[column])
                 self.knots[column].copy_(torch.from_numpy(knots))
                 self.levels[column].copy_(torch.from_numpy(levels))
 
     def encode(self, x: Tensor) -> Tensor:
-        x = (x - self.shift) / self.scale
-        return _piecewise(x, self.knots, self.levels) if self.kind == "quantile" else x
+        if self.kind == "quantile":
+            return _piecewise(x, self.knots, self.levels, 1 / self.scale)
+        return (x - self.shift) / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
         if self.kind == "quantile":
-            x = _piecewise(x, self.levels, self.knots)
+            return _piecewise(x, self.levels, self.knots, self.scale)
         return x * self.scale + self.shift
 
 
@@ -110,28 +112,27 @@ class _Sample:
         return np.concatenate(self._kept)
 
 
-def _distribution(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _distribution(values: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Increasing knots [KNOTS] and their levels in [-1, 1]: the quantiles, each flat stretch drawn to its middle."""
     quantiles, levels = np.quantile(values, np.linspace(0, 1, KNOTS)), np.linspace(-1, 1, KNOTS)
     knots, inverse = np.unique(quantiles, return_inverse=True)
     middle = np.bincount(inverse, weights=levels) / np.bincount(inverse)
     if len(knots) == 1:
-        knots, middle = np.array([knots[0] - 1, knots[0], knots[0] + 1]), np.array([-1.0, 0.0, 1.0])
+        knots, middle = np.array([knots[0] - scale, knots[0], knots[0] + scale]), np.array([-1.0, 0.0, 1.0])
     at = np.linspace(0, len(knots) - 1, KNOTS)  # the same number of knots for each column: the rest lie between
     return np.interp(at, np.arange(len(knots)), knots), np.interp(at, np.arange(len(knots)), middle)
 
 
-def _piecewise(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
-    """x [..., C] through the piecewise linear map from knots [C, K] to values [C, K], per column; slope 1 outside."""
+def _piecewise(x: Tensor, knots: Tensor, values: Tensor, slope: Tensor) -> Tensor:
+    """x [..., C] through the piecewise linear map from knots [C, K] to values [C, K], with slope [C] outside."""
     flat = x.reshape(-1, x.shape[-1]).T.contiguous()
     right = torch.searchsorted(knots, flat, right=True).clamp(1, knots.shape[1] - 1)
     x0, x1 = knots.gather(1, right - 1), knots.gather(1, right)
     y0, y1 = values.gather(1, right - 1), values.gather(1, right)
-    inside = y0 + (flat - x0) * (y1 - y0) / (x1 - x0).clamp(min=1e-12)
+    inside = y0 + (flat - x0) * ((y1 - y0) / (x1 - x0).clamp(min=torch.finfo(x.dtype).tiny))
     low, high = knots[:, :1], knots[:, -1:]
-    out = torch.where(
-        flat < low, values[:, :1] + flat - low, torch.where(flat > high, values[:, -1:] + flat - high, inside)
-    )
+    above = torch.where(flat > high, values[:, -1:] + (flat - high) * slope[:, None], inside)
+    out = torch.where(flat < low, values[:, :1] + (flat - low) * slope[:, None], above)
     return out.T.reshape(x.shape)
 
 

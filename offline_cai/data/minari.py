@@ -36,7 +36,8 @@ def dataset_root() -> Path:
 
 def local_ids() -> list[str]:
     root = dataset_root()
-    return sorted(str(path.parent.relative_to(root)) for path in root.glob("**/*-v*/data"))
+    found = (str(path.parent.relative_to(root)) for path in root.glob("**/*-v*/data"))
+    return sorted(name for name in found if not name.startswith("."))
 
 
 def exists(dataset_id: str) -> bool:
@@ -80,21 +81,23 @@ def check_id(dataset_id: str) -> None:
         raise UserError(f"{dataset_id!r} would lie inside the dataset {inside[0]!r}: take another namespace.")
 
 
-def _recipes() -> dict[str, str]:
+def recipes() -> dict[str, str]:
     """Recipe by dataset id; files that are no recipes are passed over."""
     found = {}
     for name in config.names("datasets"):
         with suppress(UserError, OSError):
-            found[str(config.read(config.find(name, "datasets")).get("id"))] = name
+            dataset_id = config.read(config.find(name, "datasets")).get("id")
+            if isinstance(dataset_id, str):
+                found[dataset_id] = name
     return found
 
 
 def _missing(dataset_id: str) -> str:
-    recipes = _recipes()
-    if dataset_id in recipes:
-        how = f"Collect it with `offline-cai collect {recipes[dataset_id]}`."
+    known_recipes = recipes()
+    if dataset_id in known_recipes:
+        how = f"Collect it with `offline-cai collect {known_recipes[dataset_id]}`."
     else:
-        known = {*local_ids(), *recipes}
+        known = {*local_ids(), *known_recipes}
         how = f"Among those here or that a recipe collects {did_you_mean(dataset_id, known)} "
         how += f"A public one is downloaded with `minari download {dataset_id}`"
         how += "." if _online() else "; but there is no network here now."

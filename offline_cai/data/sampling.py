@@ -5,6 +5,7 @@ makes a Batch of some of them. So every process can draw the same global batch a
 uniform sampler; the others stand on it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -83,13 +84,18 @@ class Mixture:
                 f"shares {list(shares)} do not fit {len(samplers)} datasets: give each a number, none negative."
             )
         self._samplers = list(samplers)
+        self._shapes = [sampler.draw(np.random.default_rng(0), 1).shape[1:] for sampler in samplers]
         self._ladder = np.cumsum(np.array(shares, dtype=float)) / sum(shares)
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
-        """[n, 2]: which sampler, and its item."""
+        """[n, 1 + c]: which sampler, and its item in a row as wide as the widest."""
         which = np.minimum(np.searchsorted(self._ladder, rng.random(n), side="right"), len(self._samplers) - 1)
-        items = np.stack([sampler.draw(rng, n) for sampler in self._samplers])
-        return np.stack([which, items[which, np.arange(n)]], axis=1)
+        items = np.zeros((n, 1 + max(math.prod(shape) for shape in self._shapes)), dtype=np.int64)
+        items[:, 0] = which
+        for number, (sampler, shape) in enumerate(zip(self._samplers, self._shapes, strict=True)):
+            drawn = sampler.draw(rng, n).reshape(n, -1)
+            items[which == number, 1 : 1 + math.prod(shape)] = drawn[which == number]
+        return items
 
     def gather(self, items: np.ndarray, key: Tensor) -> Batch:
         order, parts = [], []
@@ -97,7 +103,8 @@ class Mixture:
             at = np.flatnonzero(items[:, 0] == number)
             if len(at):
                 order.append(at)
-                parts.append(sampler.gather(items[at, 1], key[torch.from_numpy(at)]))
+                own = items[at, 1 : 1 + math.prod(self._shapes[number])].reshape(len(at), *self._shapes[number])
+                parts.append(sampler.gather(own, key[torch.from_numpy(at)]))
         back = torch.from_numpy(np.argsort(np.concatenate(order)))
         return Batch(*(None if None in column else torch.cat(column)[back] for column in _columns(parts)))  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Which episodes of a store: filters and splits, as arrays of episode numbers that `Windows` and `write` take."""
+"""Which episodes of a store: filters and splits, as arrays of episode numbers that `Windows` takes."""
 
 from collections.abc import Sequence
 

@@ -240,11 +240,8 @@ def _pack(spec: Spec, episode: Episode) -> np.ndarray:
     width, steps = spec.obs_width, len(episode.reward)
     rows = np.zeros((steps + 1, width + spec.action_width + 1 + (episode.log_prob is not None)), dtype=np.float32)
     parts = (episode.obs, episode.action, episode.reward, episode.log_prob)
-    if steps == 0 or [np.shape(x) for x in parts if x is not None][:3] != [
-        (steps + 1, width),
-        (steps, spec.action_width),
-        (steps,),
-    ]:
+    shapes = ((steps + 1, width), (steps, spec.action_width), (steps,), (steps,))
+    if steps == 0 or any(x is not None and np.shape(x) != shape for x, shape in zip(parts, shapes, strict=True)):
         raise ValueError("shapes do not fit")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is found out
         rows[:, :width] = episode.obs

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from offline_cai import algorithms, config
 from offline_cai.core import Algorithm, Batch, Source
 from offline_cai.data import catalogue
-from offline_cai.data.trajectories import Trajectories
+from offline_cai.data.trajectories import Trajectories, digests
 from offline_cai.data.windows import Windows
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.files import write_text
@@ -45,9 +45,14 @@ def train(experiment: Experiment, output: Path, resume: bool = False, quiet: boo
     needs = algorithm.needs
     windows = Windows(trajectories, needs.horizon, needs.stride, needs.discount, needs.padding)
     state = TrainingState(algorithm, c, accelerator)
-    source = OfflineSource(windows, c.batch_size, experiment.seed)
+    data = None if trajectories.path is None else digests(trajectories.path)["rows"]
+    source = OfflineSource(windows, c.batch_size, experiment.seed, data=data)
     with _only_one(output):
+        if not resume:
+            _require_new(output)
         start = state.resume(output, source) if resume else 0
+        if start > c.steps:
+            raise UserError(f"{output} has done {start} steps already: training.steps cannot be {c.steps}.")
         write_text(output / "config.yaml", config.dump(experiment))
         write_text(output / "versions.json", json.dumps(versions(), indent=1))
         return _steps(experiment, output, algorithm, state, source, start, quiet)
@@ -121,7 +126,7 @@ def _accelerator(experiment: Experiment, output: Path) -> Accelerator:
 
 
 def _require_new(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= {".lock"}):
         raise UserError(
             f"the output folder {output} is not empty and is not overwritten. Name another with --output, remove it, "
             f"or go on with its training: offline-cai train --resume {output}"

@@ -84,6 +84,14 @@ def test_beyond_the_data_the_map_goes_on_and_inverts(kind: str) -> None:
     assert norm.encode(far)[0] < norm.encode(-torch.ones(1, 1)) < norm.encode(torch.ones(1, 1)) < norm.encode(far)[1]
 
 
+def test_heavy_tails_keep_their_small_values() -> None:
+    data = np.random.default_rng(0).lognormal(0, 3, size=(20_000, 1))
+    norm, raw = fitted("quantile", data), torch.from_numpy(data).float()
+    x = norm.encode(raw)
+    relative = ((norm.decode(x) - raw) / raw).abs()
+    assert float(relative.quantile(0.99)) < 1e-2 and abs(float(x.median())) < 0.02
+
+
 def test_the_sample_of_the_quantiles_is_even_and_bounded() -> None:
     sample = _Sample()
     for start in range(0, 4 * SAMPLE, 1 << 15):

@@ -52,6 +52,17 @@ def test_the_store_holds_what_minari_holds(dataset: str) -> None:
         assert theirs.terminations[-1] or theirs.truncations[-1], "every episode says how it ended"
 
 
+def test_number_types_may_differ_between_episodes(copy: tuple[str, Path]) -> None:
+    """Rewards of 0 are written as integers by some environments until one of them is a fraction."""
+    with h5py.File(copy[1], "a") as file:
+        whole = np.zeros(len(file["episode_0/rewards"]), dtype=np.int64)
+        del file["episode_0/rewards"]
+        file["episode_0"].create_dataset("rewards", data=whole)
+        file["episode_1/rewards"][-1] = 0.7
+    store = minari.trajectories(copy[0])
+    assert store.episode(1).reward[-1] == pytest.approx(0.7) and not store.episode(0).reward.any()
+
+
 def test_conversion_happens_once_and_again_when_the_files_change(dataset: str, copy: tuple[str, Path]) -> None:
     first = minari.trajectories(copy[0])
     assert minari.trajectories(copy[0]).rows.filename == first.rows.filename

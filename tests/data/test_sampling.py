@@ -56,6 +56,13 @@ def test_a_mixture_gives_each_dataset_its_share_and_keeps_positions(store: Traje
             Mixture([Windows(store, 2), Windows(shifted, 2)], shares)
 
 
+def test_mixtures_hold_any_sampler(store: Trajectories) -> None:
+    windows = Windows(store, 2)
+    mixture = Mixture([Hindsight(windows, 0.5, near), Mixture([windows, windows], [1, 1]), windows], [1, 1, 1])
+    batch = mixture.gather(mixture.draw(RNG(0), 64), seeding.keys(0, 0, torch.arange(64)))
+    assert batch.obs.shape == (64, 3, 8) and torch.isfinite(batch.obs).all()
+
+
 @pytest.fixture(scope="module")
 def walk(spec: Spec) -> Trajectories:
     """Two episodes of 6 steps that achieve their time, with goals far away, rewards of 9 and a true end."""

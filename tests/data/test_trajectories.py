@@ -78,6 +78,12 @@ def test_no_episodes_and_no_steps_are_errors(spec: Spec, episodes: list[Episode]
         Trajectories.from_episodes(spec, [e, e._replace(log_prob=np.zeros(5))])
 
 
+@pytest.mark.parametrize("log_prob", [np.array([0, np.nan, 0, 0, 0]), np.zeros(1), np.zeros((5, 1))])
+def test_damaged_log_probabilities_are_named(spec: Spec, episodes: list[Episode], log_prob: np.ndarray) -> None:
+    with pytest.raises(UserError, match=r"episode 0: log-probabilities"):
+        Trajectories.from_episodes(spec, [episodes[0]._replace(log_prob=log_prob)])
+
+
 def test_a_damaged_store_is_named(store: Trajectories, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot open"):
         Trajectories.open(tmp_path / "nothing")

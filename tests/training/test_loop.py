@@ -188,6 +188,24 @@ def test_a_resume_goes_further_and_says_so_in_its_config(run: Path, tmp_path: Pa
         commands.resumed(tmp_path / "r", {"training.batch_size": "4"})
 
 
+def test_a_resume_refuses_other_data_and_steps_that_are_past(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "r")
+    with pytest.raises(UserError, match="has done 20 steps already"):
+        commands.train(
+            commands.resumed(tmp_path / "r", {"training.steps": "12"}), tmp_path / "r", resume=True, quiet=True
+        )
+    assert "steps: 20" in (tmp_path / "r" / "config.yaml").read_text()
+    before = (tmp_path / "r" / "stages.json").read_text()
+    monkeypatch.setattr(loop, "digests", lambda path: {"rows": "other"})
+    with pytest.raises(UserError, match="not the one that this run was trained on"):
+        commands.train(
+            commands.resumed(tmp_path / "r", {"training.steps": "30"}), tmp_path / "r", resume=True, quiet=True
+        )
+    assert (tmp_path / "r" / "stages.json").read_text() == before, "what was refused took no time"
+
+
 def test_a_run_without_checkpoints_resumes_from_the_start(exp: Experiment, run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "r")
     shutil.rmtree(tmp_path / "r" / "checkpoints")
