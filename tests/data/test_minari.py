@@ -1,5 +1,4 @@
 import shutil
-import time
 from pathlib import Path
 
 import h5py
@@ -129,10 +128,9 @@ def test_without_a_network_the_answer_comes_at_once(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(minari.socket, "create_connection", refuse)
     monkeypatch.setenv("MINARI_REMOTE", "gcp://bucket")
-    began = time.monotonic()
     with pytest.raises(UserError, match="no network"):
         minari.load("nobody/knows/this-v0")
-    assert asked == [(("storage.googleapis.com", 443), 2.0)] and time.monotonic() - began < 20
+    assert asked == [(("storage.googleapis.com", 443), 2.0)], "one question with a short time-out, and no retries"
 
 
 @pytest.mark.parametrize("name", ["no id", "x/y2-v0 ", "a/b", "", "../x-v0", "offline-cai/pointmaze/debug-v0/sub-v0"])
