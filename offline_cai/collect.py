@@ -41,10 +41,10 @@ class Recipe:
     """What is in it, in a sentence or two."""
     environment: str
     """Gymnasium id, version included."""
-    protocol: str
-    """Evaluation protocol: a recipe in eval/; its environment and reference returns go into the dataset."""
     licence: str
     """Licence of the data."""
+    protocol: str | None = None
+    """Evaluation protocol: a recipe in eval/; its environment and reference returns go into the dataset. null: none."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of gymnasium.make."""
     behaviour: dict[str, Any] | tuple[dict[str, Any], ...] = field(default_factory=dict)
@@ -229,10 +229,11 @@ def collect(recipe: Recipe, quiet: bool = False) -> Path:
             f"the dataset {recipe.id!r} exists already in {minari.dataset_root() / recipe.id} and is not overwritten. "
             f"Remove it with `minari delete {recipe.id}`, or collect under another --id."
         )
-    evaluation, todo, folder = protocol(recipe.protocol), parts(recipe), work_folder(recipe)
+    evaluation = None if recipe.protocol is None else protocol(recipe.protocol)
+    todo, folder = parts(recipe), work_folder(recipe)
     try:
         done = _collect_parts(recipe, todo, folder, quiet)
-        env, eval_env = make(recipe.environment, recipe.kwargs), evaluation.make()
+        env, eval_env = make(recipe.environment, recipe.kwargs), evaluation.make() if evaluation else None
         seconds = sum(part.seconds for part in done)
         target = minari.write(
             recipe.id,
@@ -240,7 +241,7 @@ def collect(recipe: Recipe, quiet: bool = False) -> Path:
             [episode for part in done for episode in part.episodes],
             env,
             eval_env,
-            scores.reference(evaluation.score),
+            scores.reference(evaluation.score) if evaluation else None,
             {"recipe": config.to_dict(recipe), "fingerprint": recipe.fingerprint, "seconds": seconds},
             algorithm_name="; ".join(behaviour.name for _, behaviour in recipe.behaviours),
             author="offline_cai",
@@ -252,12 +253,12 @@ def collect(recipe: Recipe, quiet: bool = False) -> Path:
             f"{kept} of {len(todo)} parts of {recipe.id} are finished and kept in {folder}. "
             "The same command goes on from there."
         ) from None
-    for old in minari.dataset_root().glob(
-        _prefix(recipe) + "[0-9a-f]" * 16
-    ):  # of other settings too: the id is taken now
+    of_any_settings = _prefix(recipe) + "[0-9a-f]" * 16  # the id is taken now
+    for old in minari.dataset_root().glob(of_any_settings):
         shutil.rmtree(old, ignore_errors=True)
     for each in (env, eval_env):
-        each.close()
+        if each is not None:
+            each.close()
     return target
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.vector.utils import concatenate, create_empty_array
 
 from offline_cai import collect as collecting
 from offline_cai import config, report, seeding
@@ -223,7 +224,8 @@ def _pairs(env: gym.Env, spec: Spec, count: int, seed: int) -> tuple[np.ndarray,
     try:
         require_same_spec(spec, env_spec(env))
         resets = [env.reset(seed=seeding.seed_of(seed, number))[0] for number in range(count)]
-        return np.concatenate([flatten(spec, obs) for obs in resets]), Maze.of(env)
+        space, rows = env.observation_space, create_empty_array(env.observation_space, count)
+        return flatten(space, concatenate(space, resets, rows)), Maze.of(env)  # type: ignore[arg-type]
     finally:
         env.close()
 

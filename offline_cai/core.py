@@ -42,12 +42,48 @@ class Box:
 
 
 @dataclass(frozen=True)
+class Discrete:
+    """A categorical action: for each component one of `n` whole numbers from `start` on. Stored as they are."""
+
+    n: tuple[int, ...]
+    start: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for i, (n, start) in enumerate(zip(self.n, self.start, strict=True)):
+            if n < 1 or max(abs(start), abs(start + n)) > 1 << 24:
+                raise UserError(
+                    f"action component {i} has {n} choices from {start} on; there has to be one at least, and none "
+                    "beyond 2^24, where float32 no longer tells whole numbers apart."
+                )
+
+    @property
+    def low(self) -> tuple[int, ...]:
+        return self.start
+
+    @property
+    def high(self) -> tuple[int, ...]:
+        return tuple(start + n - 1 for n, start in zip(self.n, self.start, strict=True))
+
+
+@dataclass(frozen=True)
 class Spec:
     """What a dataset, an environment and an export agree on. `dt` is in seconds per step, None if time has no unit."""
 
     obs: tuple[Field, ...]
-    action: Box
+    action: Box | Discrete
     dt: float | None = None
+
+    @property
+    def box(self) -> Box:
+        """The bounds of continuous actions.
+
+        Raises:
+            UserError: the actions are choices.
+        """
+        if isinstance(self.action, Discrete):
+            choices = " x ".join(map(str, self.action.n))
+            raise UserError(f"the actions are choices ({choices}), but continuous actions are needed here.")
+        return self.action
 
     @property
     def obs_width(self) -> int:
@@ -74,12 +110,12 @@ class Spec:
 
     def to_unit(self, action: Tensor) -> Tensor:
         """Raw actions [..., A] to [-1, 1]."""
-        low, high = (action.new_tensor(bound) for bound in (self.action.low, self.action.high))
+        low, high = (action.new_tensor(bound) for bound in (self.box.low, self.box.high))
         return (action - low) / (high - low) * 2 - 1
 
     def to_raw(self, action: Tensor) -> Tensor:
         """Actions [..., A] in [-1, 1] to raw ones; what lies outside is clipped."""
-        low, high = (action.new_tensor(bound) for bound in (self.action.low, self.action.high))
+        low, high = (action.new_tensor(bound) for bound in (self.box.low, self.box.high))
         return (action.clamp(-1, 1) + 1) / 2 * (high - low) + low
 
     def to_json(self) -> dict[str, Any]:
@@ -88,7 +124,8 @@ class Spec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         obs = tuple(Field(str(name), int(width)) for name, width in data["obs"])
-        return cls(obs, Box(tuple(data["action"]["low"]), tuple(data["action"]["high"])), data["dt"])
+        kind = Discrete if "n" in data["action"] else Box
+        return cls(obs, kind(**{name: tuple(values) for name, values in data["action"].items()}), data["dt"])
 
 
 class Episode(NamedTuple):

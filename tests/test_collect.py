@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from offline_cai import behaviours, collect, config
-from offline_cai.core import Episode
+from offline_cai.core import Discrete, Episode
 from offline_cai.data import minari
 from offline_cai.environments.make import make, register
 from offline_cai.environments.maze2d import Maze
@@ -261,3 +261,21 @@ def test_the_controller_of_a_dataset_is_read_from_its_metadata(dataset: str) -> 
     assert collect.controller_arguments({"recipe": {"behaviour": mixture}})["noise"] == 0.2
     assert collect.controller_arguments({"recipe": {"behaviour": {"policy": "random"}}}) == {}
     assert collect.controller_arguments({})["noise"] == 0.5
+
+
+def test_choices_are_collected_and_a_protocol_may_be_missing() -> None:
+    recipe = collect.Recipe(
+        id="tests/frozenlake/random-v0",
+        description="Random walks on a grid.",
+        environment="FrozenLake-v1",
+        licence="CC0-1.0",
+        behaviour={"policy": "random"},
+        steps=60,
+        environments=2,
+    )
+    collect.collect(recipe, quiet=True)
+    store = minari.trajectories(recipe.id)
+    assert store.spec.action == Discrete((4,), (0,)) and store.spec.obs_width == 16
+    assert set(np.unique(store.action)) == {0, 1, 2, 3}
+    assert (store.obs.sum(axis=1) == 1).all() and (store.obs[store.offsets[:-1], 0] == 1).all(), "one-hot, from cell 0"
+    assert real_minari.load_dataset(recipe.id).storage.metadata.get("ref_min_score") is None

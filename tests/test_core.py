@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from offline_cai.core import Box, Known, Spec
+from offline_cai.core import Box, Discrete, Field, Known, Spec
 from offline_cai.errors import UserError
 
 
@@ -27,6 +27,15 @@ def test_bounds_have_to_be_finite_and_in_order(high: float) -> None:
 
 def test_spec_survives_json(spec: Spec) -> None:
     assert Spec.from_json(spec.to_json()) == spec
+    choices = Spec((Field("observation", 2),), Discrete((3, 4), (0, 1)))
+    assert Spec.from_json(choices.to_json()) == choices
+
+
+def test_choices_have_no_unit_box() -> None:
+    choices = Spec((Field("observation", 2),), Discrete((3, 4), (0, 1)))
+    assert choices.action.high == (2, 4) and choices.action_width == 2
+    with pytest.raises(UserError, match=r"choices \(3 x 4\), but continuous actions are needed"):
+        choices.to_unit(torch.zeros(1, 2))
 
 
 def test_known_rows_are_imposed() -> None:

@@ -38,7 +38,7 @@ class BC(Algorithm):
     def __init__(self, spec: Spec, config: BCConfig) -> None:
         super().__init__(spec, config)
         self.normaliser = Normaliser(spec.obs_width, config.normaliser)
-        self.actor = mlp(spec.obs_width, config.hidden, spec.action_width)
+        self.actor = mlp(spec.obs_width, config.hidden, len(spec.box.low))
 
     @property
     def needs(self) -> Needs:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from offline_cai.core import Episode, Spec
+from offline_cai.core import Discrete, Episode, Spec
 from offline_cai.errors import UserError
 
 SLACK = 1e-4  # float32 rounding of an action at its bound
@@ -45,14 +45,27 @@ def check_episode(spec: Spec, episode: Episode, where: str) -> None:
             f"{where}: action {action[row, column]:.4g} at row {row}, component {column} is outside the bounds "
             f"[{low[column]:.4g}, {high[column]:.4g}]. Clip the actions as the environment did, or mend the bounds."
         )
+    between = np.argwhere(action != np.rint(action))
+    if isinstance(spec.action, Discrete) and len(between):
+        row, column = between[0]
+        raise UserError(
+            f"{where}: action {action[row, column]:.4g} at row {row}, component {column} is no whole number, but the "
+            "actions are choices. Declare them as continuous, or store the choice."
+        )
 
 
-def is_clean(spec: Spec, rows: np.ndarray) -> bool:
-    """Whether packed rows [N, W] of many episodes are finite and their actions within bounds: one quick pass."""
+def is_clean(spec: Spec, rows: np.ndarray, extra: np.ndarray) -> bool:
+    """Whether packed rows [N, W] of many episodes are finite and their actions within bounds: one quick pass.
+
+    `extra` are the numbers of the extra rows, which hold no action.
+    """
     action = rows[:, spec.obs_width : spec.obs_width + spec.action_width]
     low, high = (np.array(bound, dtype=np.float32) for bound in (spec.action.low, spec.action.high))
-    low, high = np.minimum(low - SLACK, 0), np.maximum(high + SLACK, 0)  # the extra rows act with zero
-    return bool(np.isfinite(rows).all() and (action >= low).all() and (action <= high).all())
+    good = (action >= low - SLACK) & (action <= high + SLACK)
+    if isinstance(spec.action, Discrete):
+        good &= action == np.rint(action)
+    good[extra] = True
+    return bool(good.all() and np.isfinite(rows).all())
 
 
 def first_damaged(spec: Spec, episodes: Sequence[Episode], where: str, first: int) -> None:

@@ -1,5 +1,6 @@
 """Minari datasets in and out. A dataset is converted once to the trajectory store, which is what training reads."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -8,7 +9,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from offline_cai.data.cache import converted
 from offline_cai.data.minari_hdf5 import RawEpisode
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import UserError, did_you_mean
-from offline_cai.spaces import flatten, spec_of, unflatten
+from offline_cai.spaces import components, flatten, leaves, one_hot, spec_of, unflatten, unflatten_action
 
 
 def dataset_root() -> Path:
@@ -118,20 +118,26 @@ def _online(seconds: float = 2.0) -> bool:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def trajectories(dataset_id: str) -> Trajectories:
+def trajectories(source: str | minari.MinariDataset) -> Trajectories:
     """The store of a Minari dataset: converted on first use, mapped afterwards.
+
+    Args:
+        source: an id, or a dataset that Minari's `filter_episodes` or `split_dataset` made: its episodes alone then.
 
     Raises:
         UserError: the dataset is missing or damaged (dataset, episode, field and mend are named), or its spaces are of
             a kind that this version does not train on.
     """
-    dataset = load(dataset_id)
+    dataset, name = (load(source), source) if isinstance(source, str) else (source, source.spec.dataset_id)
+    numbers = dataset.episode_indices
+    if len(numbers) != dataset.storage.total_episodes:
+        name += f"-{len(numbers)}-episodes-{hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()[:8]}"
 
     def read() -> tuple[Spec, Iterator[Episode]]:
         spec = spec_of(dataset.observation_space, dataset.action_space, metadata(dataset).get("dt"))
-        return spec, _episodes(dataset, dataset_id, spec)
+        return spec, _episodes(dataset, name)
 
-    return converted(dataset_id, dataset_root() / dataset_id, read)
+    return converted(name, Path(dataset.storage.data_path).parent, read)
 
 
 def metadata(dataset: minari.MinariDataset) -> dict[str, Any]:
@@ -140,14 +146,11 @@ def metadata(dataset: minari.MinariDataset) -> dict[str, Any]:
     return json.loads(note) if isinstance(note, str) else {}
 
 
-def _episodes(dataset: minari.MinariDataset, dataset_id: str, spec: Spec) -> Iterator[Episode]:
-    iterator = _raw_episodes(dataset, dataset_id, spec)
-    for number in count():
+def _episodes(dataset: minari.MinariDataset, dataset_id: str) -> Iterator[Episode]:
+    iterator = _raw_episodes(dataset)
+    for number in dataset.episode_indices:
         try:
-            raw = next(iterator, None)
-            if raw is None:
-                return
-            action = raw.action.reshape(len(raw.action), -1)
+            raw = next(iterator)
             ends = np.flatnonzero(raw.terminations | raw.truncations)
         except (UserError, PermissionError, MemoryError):
             raise
@@ -158,17 +161,27 @@ def _episodes(dataset: minari.MinariDataset, dataset_id: str, spec: Spec) -> Ite
                 f"dataset {dataset_id!r}, episode {number}: an end is flagged at step {ends[0]}, but the episode goes "
                 f"on to step {len(raw.reward) - 1}. Split it there."
             )
-        yield Episode(raw.obs, action, raw.reward, bool(len(ends) and raw.terminations[-1]))
+        yield Episode(raw.obs, raw.action, raw.reward, bool(len(ends) and raw.terminations[-1]))
 
 
-def _raw_episodes(dataset: minari.MinariDataset, dataset_id: str, spec: Spec) -> Iterator[RawEpisode]:
-    path = dataset_root() / dataset_id / "data" / "main_data.hdf5"
+def _raw_episodes(dataset: minari.MinariDataset) -> Iterator[RawEpisode]:
+    """Episodes as Minari keeps them, a row of numbers for each observation and action."""
+    obs_space, action_space = dataset.observation_space, dataset.action_space
+    path = Path(dataset.storage.data_path) / "main_data.hdf5"
     if path.is_file():
-        names = [] if isinstance(dataset.observation_space, gym.spaces.Box) else [field.name for field in spec.obs]
-        yield from minari_hdf5.episodes(path, names, dataset.episode_indices)
+        names = _hdf5_names("observations", obs_space), _hdf5_names("actions", action_space)
+        for raw in minari_hdf5.episodes(path, *names, dataset.episode_indices):
+            yield raw._replace(obs=one_hot(obs_space, raw.obs))
         return
     for e in dataset.iterate_episodes():
-        yield RawEpisode(flatten(spec, e.observations), np.asarray(e.actions), e.rewards, e.terminations, e.truncations)
+        obs, action = flatten(obs_space, e.observations), components(action_space, e.actions)
+        yield RawEpisode(obs, action, e.rewards, e.terminations, e.truncations)
+
+
+def _hdf5_names(group: str, space: gym.Space) -> list[str]:
+    """The HDF5 datasets of a space's leaves, in the order of `spaces.leaves`, by Minari's rule for names."""
+    keys = ([f"_index_{key}" if isinstance(key, int) else key for key in leaf.path] for leaf in leaves(space))
+    return ["/".join([group, *path]) for path in keys]
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -199,7 +212,7 @@ def write(
             f"the dataset {dataset_id!r} exists already in {target} and is not overwritten. Remove it with "
             f"`minari delete {dataset_id}`, or collect under another name or version."
         )
-    buffers = [_buffer(spec, env.observation_space, episode) for episode in episodes]
+    buffers = [_buffer(env.observation_space, env.action_space, episode) for episode in episodes]
     low, high = reference or (None, None)
     namespace = dataset_id.rpartition("/")[0]
     try:
@@ -238,19 +251,19 @@ def _require_space(buffers: Sequence[EpisodeBuffer]) -> None:
 
 
 def _leaves(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, dict):
-        for branch in tree.values():
+    if isinstance(tree, dict | tuple):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
             yield from _leaves(branch)
     else:
         yield tree
 
 
-def _buffer(spec: Spec, space: gym.Space, episode: Episode) -> EpisodeBuffer:
+def _buffer(obs_space: gym.Space, action_space: gym.Space, episode: Episode) -> EpisodeBuffer:
     ends = np.zeros((2, len(episode.reward)), dtype=bool)
     ends[0 if episode.terminal else 1, -1] = True
     return EpisodeBuffer(
-        observations=unflatten(spec, space, episode.obs),
-        actions=episode.action.astype(np.float32),
+        observations=unflatten(obs_space, episode.obs),
+        actions=unflatten_action(action_space, episode.action),
         rewards=episode.reward,
         terminations=ends[0],
         truncations=ends[1],

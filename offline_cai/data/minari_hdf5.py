@@ -13,36 +13,37 @@ from h5py import h5d, h5f, h5g, h5s, h5t
 
 
 class RawEpisode(NamedTuple):
-    """One episode as Minari keeps it, observations flattened."""
+    """One episode as Minari keeps it, the leaves of its spaces side by side."""
 
     obs: np.ndarray  # [T+1, O]
-    action: np.ndarray  # [T, ...]
+    action: np.ndarray  # [T, A]
     reward: np.ndarray  # [T]
     terminations: np.ndarray  # [T] bool
     truncations: np.ndarray  # [T] bool
 
 
-def episodes(path: Path, fields: Sequence[str], numbers: np.ndarray) -> Iterator[RawEpisode]:
-    """The episodes with these numbers. `fields` are the names of a Dict space's leaves, empty for a plain Box.
+def episodes(path: Path, obs: Sequence[str], action: Sequence[str], numbers: np.ndarray) -> Iterator[RawEpisode]:
+    """The episodes with these numbers. `obs` and `action` name HDF5 datasets inside an episode's group.
 
     Raises:
         KeyError, OSError, RuntimeError: a dataset is missing or cannot be read; its name is in the text.
     """
-    observations = [name.encode() for name in fields]
+    obs_names, action_names = [name.encode() for name in obs], [name.encode() for name in action]
     file = h5f.open(str(path).encode(), h5f.ACC_RDONLY)
     for number in numbers:
         group = h5g.open(file, f"episode_{number}".encode())
-        if observations:
-            inner = h5g.open(group, b"observations")
-            obs = np.concatenate([_rows(_numbers(inner, name)) for name in observations], axis=1)
-        else:
-            obs = _rows(_numbers(group, b"observations"))
-        steps = (_numbers(group, b"actions"), _numbers(group, b"rewards"))
-        yield RawEpisode(obs, *steps, _flags(group, b"terminations"), _flags(group, b"truncations"))
+        yield RawEpisode(
+            _side_by_side(group, obs_names),
+            _side_by_side(group, action_names),
+            _numbers(group, b"rewards"),
+            _flags(group, b"terminations"),
+            _flags(group, b"truncations"),
+        )
 
 
-def _rows(array: np.ndarray) -> np.ndarray:
-    return array.reshape(len(array), -1)
+def _side_by_side(group: h5g.GroupID, names: Sequence[bytes]) -> np.ndarray:
+    columns = [array.reshape(len(array), -1) for array in (_numbers(group, name) for name in names)]
+    return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
 
 def _numbers(group: h5g.GroupID, name: bytes) -> np.ndarray:

@@ -229,9 +229,10 @@ def _blocks(
         except (ValueError, TypeError, IndexError) as error:
             first_damaged(spec, block, source, done)
             raise UserError(f"{source}, episodes from {done} on cannot be packed: {error}.") from error
-        if not is_clean(spec, rows):
+        lengths = np.array([len(e.reward) + 1 for e in block])
+        if not is_clean(spec, rows, np.cumsum(lengths) - 1):
             first_damaged(spec, block, source, done)
-        yield rows, np.array([len(e.reward) + 1 for e in block]), np.array([bool(e.terminal) for e in block])
+        yield rows, lengths, np.array([bool(e.terminal) for e in block])
         done += len(block)
 
 

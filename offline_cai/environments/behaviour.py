@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from offline_cai import seeding
-from offline_cai.core import Policy, Spec
+from offline_cai.core import Discrete, Policy, Spec
 from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import UserError
 
@@ -70,18 +70,22 @@ class Noisy:
 
 
 class RandomPolicy:
-    """Uniform actions within the bounds."""
+    """Uniform actions: within the bounds, or among the choices."""
 
     def __init__(self, spec: Spec, seed: int) -> None:
         self._low, self._high = np.array(spec.action.low), np.array(spec.action.high)
+        self._choices = spec.action.n if isinstance(spec.action, Discrete) else None
         self._rng = seeding.rng(seed)
 
     def reset(self, done: np.ndarray | None = None) -> None:
         pass
 
     def act(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        action = self._rng.uniform(self._low, self._high, size=(len(obs), len(self._low)))
-        return action, np.full(len(obs), -len(self._low) * np.log(2.0))
+        shape = (len(obs), len(self._low))
+        if self._choices is not None:
+            choice = self._rng.integers(self._low, self._high, size=shape, endpoint=True)
+            return choice.astype(np.float64), np.full(len(obs), -np.log(self._choices).sum())
+        return self._rng.uniform(self._low, self._high, size=shape), np.full(len(obs), -len(self._low) * np.log(2.0))
 
 
 class MazeController:
@@ -105,7 +109,7 @@ class MazeController:
     ) -> None:
         self._maze, self._kp, self._kd, self._noise, self._jitter, self._switch = maze, kp, kd, noise, jitter, switch
         self._state, self._goal = spec.columns("observation"), spec.columns("desired_goal")
-        self._low, self._high = np.array(spec.action.low), np.array(spec.action.high)
+        self._low, self._high = np.array(spec.box.low), np.array(spec.box.high)
         self._rng = seeding.rng(seed)
         self._paths: list[deque[np.ndarray]] = []
         self._goals: np.ndarray | None = None

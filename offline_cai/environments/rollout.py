@@ -9,7 +9,7 @@ from gymnasium.vector import VectorEnv
 from offline_cai import seeding
 from offline_cai.core import Episode, Policy, Spec
 from offline_cai.errors import UserError
-from offline_cai.spaces import flatten
+from offline_cai.spaces import flatten, unflatten_action
 
 
 class _Recorder:
@@ -55,14 +55,14 @@ def rollout(
     done: list[list[Episode]] = [[] for _ in range(count)]
     taken = np.zeros(count, dtype=int)
     active = np.ones(count, dtype=bool)
-    obs = starts(envs, spec, seed)
+    obs = starts(envs, seed)
     policy.reset(None)
     recorders = [_Recorder(row) for row in obs]
     while active.any():
         action, log_prob = policy.act(obs)
         _check(action, count, spec)
-        raw, reward, terminated, truncated, _ = envs.step(action.astype(np.float32))
-        obs = flatten(spec, raw)
+        raw, reward, terminated, truncated, _ = envs.step(unflatten_action(envs.single_action_space, action))
+        obs = flatten(envs.single_observation_space, raw)
         ended = terminated | truncated
         progress(int(active.sum()))
         for i in np.flatnonzero(active):
@@ -72,23 +72,23 @@ def rollout(
                 done[i].append(recorders[i].episode(bool(terminated[i])))
                 active[i] = len(done[i]) < episodes if episodes is not None else taken[i] < (steps or 0)
         if ended.any():
-            obs = np.where(ended[:, None], _reset(envs, spec, seed, [len(d) for d in done], ended), obs)
+            obs = np.where(ended[:, None], _reset(envs, seed, [len(d) for d in done], ended), obs)
             policy.reset(ended)
             for i in np.flatnonzero(ended):
                 recorders[i] = _Recorder(obs[i])
     return [episode for episodes_of_one in done for episode in episodes_of_one]
 
 
-def starts(envs: VectorEnv, spec: Spec, seed: int) -> np.ndarray:
+def starts(envs: VectorEnv, seed: int) -> np.ndarray:
     """First observations [N, O] of episode 0 of each environment."""
-    return _reset(envs, spec, seed, [0] * envs.num_envs, None)
+    return _reset(envs, seed, [0] * envs.num_envs, None)
 
 
-def _reset(envs: VectorEnv, spec: Spec, seed: int, numbers: list[int], mask: np.ndarray | None) -> np.ndarray:
+def _reset(envs: VectorEnv, seed: int, numbers: list[int], mask: np.ndarray | None) -> np.ndarray:
     seeds: list[int | None] = [seeding.seed_of(seed, i, number) for i, number in enumerate(numbers)]
     options = None if mask is None else {"reset_mask": mask}
     raw, _ = envs.reset(seed=seeds, options=options)  # type: ignore[arg-type]  # vector environments take a list
-    return flatten(spec, raw)
+    return flatten(envs.single_observation_space, raw)
 
 
 def _check(action: np.ndarray, count: int, spec: Spec) -> None:

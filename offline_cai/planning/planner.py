@@ -51,7 +51,7 @@ class Planner:
         self._spec, self._columns = spec, spec.columns(*fields)
         self.propose, self._seed, self.tracker = propose, seed, tracker
         self._execute, self._replan = execute, replan
-        self._low, self._high = np.array(spec.action.low), np.array(spec.action.high)
+        self._low, self._high = np.array(spec.box.low), np.array(spec.box.high)
         self._script: list[np.ndarray | None] = []
         self._time, self._episode, self._plan_number = np.zeros((3, 0), dtype=int)
         self.plans_made, self.seconds = 0, 0.0
