@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,33 +33,48 @@ A field of the file is set by a flag of its name, nested ones with dots: {exampl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 after a user's mistake, 130 when interrupted."""
+    """Run a command; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser()
     try:
         arguments, flags = _take_flags(arguments, commands)
         args = parser.parse_args(arguments)
+        args.words = list(sys.argv[1:] if argv is None else argv)
         _use_threads(args.threads)
-        args.run(args, flags)
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        return args.run(args, flags) or 0
     except UserError as error:
         if "--debug" in arguments:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{_of_process()}: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"interrupted: {stop}", file=sys.stderr)
-        return 130
+        if not _of_process():
+            print(f"interrupted: {stop}", file=sys.stderr)
+        return stop.status
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if "--debug" in arguments:
             raise
-        print(f"error: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        print(f"error{_of_process()}: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing that was complete is lost.", file=sys.stderr)
         return 130
     return 0
+
+
+def _of_process() -> str:
+    """Which process of several speaks, if it is not the first."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" in process {rank}"
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Our own warnings are sentences for the user; the others are not his business."""
+    if category is UserWarning and not _of_process():
+        print(f"warning: {message}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,7 +127,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[..., None], text: str, example: str = "") -> _Parser:
+    def add(name: str, run: Callable[..., int | None], text: str, example: str = "") -> _Parser:
         description = textwrap.dedent(text) + (_FLAGS.format(example=example) if example else "")
         formatter = argparse.RawDescriptionHelpFormatter
         first = textwrap.dedent(text).split("\n")[0]
@@ -147,14 +163,24 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         Train an algorithm on a dataset.
 
         CONFIG is a file, or a name in configs/. The run's folder gets config.yaml, metrics.jsonl, TensorBoard's files
-        and checkpoints. Ctrl-C keeps a checkpoint and says how to resume. `train CONFIG --help` lists CONFIG's fields.
+        and checkpoints. Ctrl-C or SIGTERM keeps a checkpoint and says how to resume; a second one ends at once.
+        `train CONFIG --output RUN --resume` goes on if RUN is there and begins otherwise: one line for a scheduler that
+        stops and restarts jobs. `train CONFIG --help` lists CONFIG's fields.
         """,
         "--training.steps 500 --model.stride 4",
     )
     train.add_argument("config", metavar="CONFIG", nargs="?")
     train.add_argument("-h", "--help", action="store_true", help="show this help, or the fields of CONFIG")
     train.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME/DATE-TIME)")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="go on from the last checkpoint of a run")
+    train.add_argument(
+        "--resume",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="RUN",
+        help="go on from the last checkpoint of RUN; without RUN, with CONFIG: of --output, if there is one",
+    )
+    train.add_argument("--processes", type=int, metavar="N", help="processes that share each batch (default: 1)")
     train.set_defaults(parser=train)
 
     plan = add(
@@ -264,23 +290,36 @@ def _data(args: argparse.Namespace, flags: dict[str, str]) -> None:
         print(table(facts))
 
 
-def _train(args: argparse.Namespace, flags: dict[str, str]) -> None:
+def _train(args: argparse.Namespace, flags: dict[str, str]) -> int:
     if args.help and args.config is None:
         args.parser.print_help()
-        return
+        return 0
+    here = args.resume is True  # --resume without RUN
+    if args.resume is not None and not here and (args.config is not None or args.output is not None):
+        raise UserError("--resume RUN takes config and output folder from the run; leave CONFIG and --output out.")
+    if (args.resume is None or here) and args.config is None:
+        raise UserError("name a CONFIG to train (a file, or a name in configs/), or --resume RUN.")
+    if here and args.output is None:
+        raise UserError("--resume after a CONFIG needs --output: the folder of the run to go on with.")
+    if args.processes is not None and args.processes < 1:
+        raise UserError(f"--processes is {args.processes}; it has to be at least 1.")
+    from offline_cai.training import launch
+
+    if args.processes not in (None, 1) and not args.help and not launch.is_worker():
+        return launch.launch(args.processes, args.words)
     from offline_cai import commands
     from offline_cai.training import experiment
 
-    if args.resume is not None and (args.config is not None or args.output is not None):
-        raise UserError("--resume RUN takes config and output folder from the run; leave CONFIG and --output out.")
-    if args.resume is None and args.config is None:
-        raise UserError("name a CONFIG to train (a file, or a name in configs/), or --resume RUN.")
-    exp = commands.resumed(args.resume, flags) if args.resume else experiment.load(args.config, flags)
+    exp = experiment.load(args.config, flags) if args.config else commands.resumed(args.resume, flags)
     if args.help:
         _print_fields(args.config, exp)
-        return
-    run = commands.train(exp, args.resume or args.output, args.resume is not None, args.quiet)
-    print(f"run: {run}\nnext: offline-cai evaluate {run}")
+        return 0
+    run = commands.train(
+        exp, args.output if args.config else args.resume, args.resume is not None, args.quiet, args.processes
+    )
+    if not _of_process():
+        print(f"run: {run}\nnext: offline-cai evaluate {run}")
+    return 0
 
 
 def _print_fields(name: str, exp: Any) -> None:

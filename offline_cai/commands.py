@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from gymnasium.vector.utils import concatenate, create_empty_array
 
 from offline_cai import collect as collecting
@@ -35,8 +36,9 @@ from offline_cai.planning.planner import Planner
 from offline_cai.planning.tracking import Tracker
 from offline_cai.provenance import versions
 from offline_cai.spaces import flatten, require_same_spec
-from offline_cai.training import checkpoint, experiment, loop
+from offline_cai.training import checkpoint, experiment, loop, processes
 from offline_cai.training.experiment import Experiment
+from offline_cai.training.folder import is_run
 
 
 def new_run(name: str) -> Path:
@@ -127,31 +129,39 @@ def data(action: str, name: str | None, picture: Path | None = None) -> dict[str
 # Train ---------------------------------------------------------------------------------------------------------------
 
 
-def train(exp: Experiment, output: Path | None = None, resume: bool = False, quiet: bool = False) -> Path:
-    """Train an experiment; returns the run's folder."""
-    run = output or new_run(exp.name)
+def train(
+    exp: Experiment, output: Path | None = None, resume: bool = False, quiet: bool = False, asked: int | None = None
+) -> Path:
+    """Train an experiment; returns the run's folder.
+
+    Args:
+        resume: whether to go on if `output` holds a run.
+        asked: the number of processes that this one is to be of; None: as many as were started.
+    """
     began = time.monotonic()
+    accelerator = processes.join(exp.training, asked)
+    places = [(output or new_run(exp.name), resume and output is not None and is_run(output))]
+    run, resume = broadcast_object_list(places if accelerator.is_main_process else [None])[0]
     try:
-        loop.train(exp, run, resume, quiet)
+        loop.train(exp, run, resume, quiet, accelerator)
     except Interrupted:
-        note_stage(run, "train", time.monotonic() - began, add=resume)
+        if accelerator.is_main_process:
+            note_stage(run, "train", time.monotonic() - began, add=resume)
         raise
-    note_stage(run, "train", time.monotonic() - began, add=resume)
+    if accelerator.is_main_process:
+        note_stage(run, "train", time.monotonic() - began, add=resume)
     return run
-
-
-RESUMABLE = ("training.steps", "training.log_every", "training.checkpoint_every", "training.keep")
-"""What a resume may change: the run stays the same run, only longer, or saved at other times."""
 
 
 def resumed(run: Path, flags: Mapping[str, str]) -> Experiment:
     """The experiment of an earlier run, with flags over it."""
     path = run / "config.yaml"
-    if not path.is_file():
+    if not is_run(run):
         raise UserError(f"{run} holds no config.yaml: it is no run's folder.")
     for name in flags:
-        if name not in RESUMABLE:
-            raise UserError(f"--{name} cannot change on a resume (only {', '.join(RESUMABLE)} can): start a new run.")
+        if name not in experiment.RESUMABLE:
+            allowed = ", ".join(experiment.RESUMABLE)
+            raise UserError(f"--{name} cannot change on a resume (only {allowed} can): start a new run.")
     return experiment.parse(config.override(config.read(path), flags), str(path))
 
 
@@ -167,7 +177,7 @@ class Run(NamedTuple):
 def open_run(path: Path) -> Run:
     """A run, from its folder (its last checkpoint) or from one of its checkpoints; on the GPU if there is one."""
     chosen = checkpoint.find(path)
-    folder = next((f for f in (path, *path.resolve().parents) if (f / "config.yaml").is_file()), None)
+    folder = next((f for f in (path, *path.resolve().parents) if is_run(f)), None)
     if folder is None:
         raise UserError(f"no config.yaml beside or above {path}: name a run's folder.")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -168,6 +169,23 @@ class Batch(NamedTuple):
         moved = (None if x is None else x.to(device, non_blocking=True) for x in self)
         return Batch(*moved)  # type: ignore[arg-type]
 
+    def split(self, parts: int) -> list[Batch]:
+        """The same samples as that many smaller batches, of sizes that differ by one at most."""
+        columns = [[None] * parts if x is None else x.tensor_split(parts) for x in self]
+        return [Batch(*part) for part in zip(*columns, strict=True)]
+
+
+class Loss(NamedTuple):
+    """A loss as sums, which processes and micro-batches add up: what is minimised is the sum of `terms` over `entries`.
+
+    Each sum runs over this batch's samples alone, so any cut of a global batch gives the same loss. What needs a
+    statistic of the whole batch (a mean advantage, say) takes it from `Step.sum` in `update`.
+    """
+
+    terms: Mapping[str, Tensor]  # scalars, by the name under which they are reported
+    entries: Tensor | int  # how many (of valid rows) that the sums run over
+    metrics: Mapping[str, Tensor] = MappingProxyType({})  # scalars, sums as well, which are only reported
+
 
 class Known(NamedTuple):
     """Hard conditions on rows in a model's space: where `mask` is True the row equals `value`. Not evidence."""
@@ -210,7 +228,8 @@ class Needs:
     """What an algorithm asks of the loop: windows of `horizon` blocks of `stride` steps, and how it is trained.
 
     `groups` names the parameter groups by phase: each value holds prefixes of parameter names, and "" is all of them.
-    `padding` says whether a window may run past the end of its episode.
+    `padding` says whether a window may run past the end of its episode. `one_process` is for what cannot be shared
+    between processes: the loop then refuses more than one.
     """
 
     horizon: int = 1
@@ -218,12 +237,20 @@ class Needs:
     discount: float = 0.99
     padding: bool = True
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"all": ("",)})
+    one_process: bool = False
 
 
 class Step(Protocol):
-    """One optimiser step on the parameters of a phase: backward, reduction, clipping and precision are its business."""
+    """One optimiser step on the parameters of a phase: backward, reduction, clipping and precision are its business.
 
-    def __call__(self, batch: Batch, phase: str = "all") -> dict[str, Tensor]: ...
+    It gives the means over all processes of the loss's terms and metrics, by name, and the norm of the gradient.
+    """
+
+    def __call__(self, batch: Batch, phase: str = "all") -> dict[str, float]: ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over processes: for duals, line searches and statistics of a batch; a mean is the ratio of two."""
+        ...
 
 
 Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
@@ -248,10 +275,10 @@ class Algorithm(nn.Module, ABC):
         """Set what comes from data before training (normalisers), in one pass over `chunks()`."""
 
     @abstractmethod
-    def forward(self, batch: Batch, phase: str = "all") -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a phase and metrics: a function of parameters and batch; its noise comes from `batch.key`."""
+    def forward(self, batch: Batch, phase: str = "all") -> Loss:
+        """The loss of a phase, as sums: a function of parameters and batch; its noise comes from `batch.key`."""
 
-    def update(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+    def update(self, batch: Batch, step: Step) -> dict[str, float]:
         """One iteration. Override for phases in order, targets, duals, epochs or a line search."""
         return step(batch)
 
@@ -259,10 +286,36 @@ class Algorithm(nn.Module, ABC):
     def policy(self, seed: int = 0, **options: Any) -> Policy: ...
 
 
+class SourceState(NamedTuple):
+    """What a source needs to go on: JSON values and tensors, by name."""
+
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
 class Source(Protocol):
-    """Where batches come from. The batch of step k is a function of (seed, k) and of what the state says."""
+    """Where batches come from. The batch of step k is a function of (seed, k) and of what the state says.
+
+    With several processes each has a source of its own that gives its slice of the global batch.
+
+    Attributes:
+        seconds: spent in environments so far.
+    """
+
+    seconds: float
 
     def __call__(self, step: int) -> Batch: ...
-    def state(self) -> dict[str, Any]: ...
-    def load(self, state: dict[str, Any]) -> None: ...
+
+    def state(self) -> SourceState:
+        """What a checkpoint keeps. Names are global: what two processes both keep under one name is the same."""
+        ...
+
+    def load(self, state: SourceState) -> None:
+        """Take up a state, joined from those of all processes.
+
+        Raises:
+            UserError: it is not of these data.
+        """
+        ...
+
     def close(self) -> None: ...

@@ -9,7 +9,15 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """Work was stopped by Ctrl-C; what was finished is kept. The text says how to go on."""
+    """Work was stopped by a signal; what was finished is kept. The text says how to go on.
+
+    Attributes:
+        status: what the command line exits with: 130 after Ctrl-C, 143 after SIGTERM.
+    """
+
+    def __init__(self, text: str, status: int = 130) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

@@ -154,7 +154,7 @@ def _plans(run: Path) -> str:
 
 def _curves(run: Path) -> str:
     rows = trackers.read(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    names = [name for name in ("loss", "grad_norm", "learning_rate") if rows and name in rows[0]]
+    names = [name for name in ("loss", "grad_norm", "learning_rate", "score") if any(name in row for row in rows)]
     if not names:
         return ""
     caption = f"Every line of metrics.jsonl: {rows[-1]['step']} steps in {rows[-1]['seconds']:.0f} seconds."

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_cai.core import Algorithm, Batch, Chunks, Needs, Spec
+from offline_cai.core import Algorithm, Batch, Chunks, Loss, Needs, Spec
 from offline_cai.data.codec import Normaliser, NormaliserKind
 from offline_cai.errors import UserError
 from offline_cai.networks.mlp import mlp
@@ -51,11 +51,10 @@ class BC(Algorithm):
         """Actions [B, A] in [-1, 1] for raw observations [B, O]."""
         return torch.tanh(self.actor(self.normaliser.encode(obs)))
 
-    def forward(self, batch: Batch, phase: str = "all") -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, phase: str = "all") -> Loss:
         step = batch.transition
         error = (self.act(step.obs) - self.spec.to_unit(step.action[:, 0])) ** 2
-        loss = error.mean()
-        return loss, {"loss": loss.detach()}
+        return Loss({"loss": error.sum()}, error.numel())
 
     def policy(self, seed: int = 0, **options: Any) -> "BCPolicy":
         return BCPolicy(self)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from offline_cai import seeding
-from offline_cai.core import Algorithm, Batch, Chunks, Known, Needs, Plan, Spec
+from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Plan, Spec
 from offline_cai.data.codec import Codec, NormaliserKind
 from offline_cai.diffusion.sampler import ddim, ddpm
 from offline_cai.diffusion.schedule import Schedule, ScheduleKind
@@ -132,8 +132,8 @@ class Diffuser(Algorithm):
         output = self.network(x, k)
         return output if self.config.prediction == "x_0" else self.schedule.clean_from_noise(x, output, k)
 
-    def forward(self, batch: Batch, phase: str = "all") -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the network's prediction over the rows that are not known (paper, appendix C)."""
+    def forward(self, batch: Batch, phase: str = "all") -> Loss:
+        """Squared error of the network's prediction over the rows that are not known (paper, appendix C)."""
         x = self.codec.encode(batch)
         known = Known(x, self._mask(x))
         k = seeding.integers(batch.key, self.config.levels, stream=0)
@@ -141,8 +141,7 @@ class Diffuser(Algorithm):
         prediction = self.network(known.impose(self.schedule.add_noise(x, noise, k)), k)
         target = x if self.config.prediction == "x_0" else noise
         error = (prediction - target) ** 2 * ~known.mask
-        loss = error.sum() / (~known.mask).sum()
-        return loss, {"loss": loss.detach()}
+        return Loss({"loss": error.sum()}, (~known.mask).sum())
 
     def _mask(self, x: Tensor) -> Tensor:
         """The first row's state, and in the last row the goal's columns."""

@@ -80,9 +80,15 @@ class Result:
 
 
 def evaluate(
-    protocol: Protocol, policies: Mapping[str, Callable[[], Policy]], trained_on: Spec, quiet: bool = False
+    protocol: Protocol,
+    policies: Mapping[str, Callable[[], Policy]],
+    trained_on: Spec,
+    quiet: bool = False,
+    check: Callable[[int], Any] = lambda steps: None,
 ) -> dict[str, Result]:
     """Run each policy on the protocol's episodes: episode j of environment i starts alike for all of them.
+
+    `check` is called with the number of new steps; it may raise to give up.
 
     Raises:
         UserError: the environment is not what the policies were `trained_on`, or its episodes have no end.
@@ -101,7 +107,12 @@ def evaluate(
         for name, build in policies.items():
             began = time.monotonic()
             with tqdm(total=most, desc=f"evaluate {name}", unit="step", disable=quiet, dynamic_ncols=True) as progress:
-                episodes = rollout(envs, spec, build(), protocol.seed, episodes=share, progress=progress.update)
+
+                def advance(steps: int, bar: tqdm = progress) -> None:
+                    bar.update(steps)
+                    check(steps)
+
+                episodes = rollout(envs, spec, build(), protocol.seed, episodes=share, progress=advance)
             returns = np.array([episode.reward.sum() for episode in episodes])
             normalised = scores.normalised(returns, low, high)
             results[name] = Result(returns, normalised, time.monotonic() - began, episodes)

@@ -84,8 +84,8 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     """Metrics over steps, one panel each; positive ones on a logarithmic axis."""
     figure, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 2.5), squeeze=False)
     for panel, name in zip(axes.flat, names, strict=True):
-        values = np.array([row[name] for row in rows])
-        panel.plot([row["step"] for row in rows], values, color=ACCENT, linewidth=1.2)
+        values = np.array([row[name] for row in rows if name in row])
+        panel.plot([row["step"] for row in rows if name in row], values, color=ACCENT, linewidth=1.2)
         if (values > 0).all():
             panel.set_yscale("log")
         panel.set_xlabel("optimiser step", fontsize=8)

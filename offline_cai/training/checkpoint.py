@@ -5,12 +5,14 @@
                               state/state.json  training.safetensors       raw weights, optimisers, average
 
 A checkpoint is written under a temporary name, flushed to the disk and then renamed: it is there whole or not at all.
+Whoever asks for the last one gets the last that is whole: a damaged one is named in a warning and passed over.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from offline_cai import algorithms, config
+from offline_cai import __version__, algorithms, config
 from offline_cai.core import Algorithm, Spec
 from offline_cai.errors import UserError
 from offline_cai.files import read_json
 
-FORMAT = 1
+FORMAT = 2
 FILES = {"export/config.json", "export/model.safetensors", "state/state.json", "state/training.safetensors"}
 
 
@@ -38,8 +40,8 @@ class Export(NamedTuple):
     weights: Mapping[str, Tensor]
 
 
-def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor], state: Any, keep: int) -> Path:
-    """Write the checkpoint of `step` into `folder`, then remove all but the last `keep`.
+def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of `step` into `folder`; one that is there already, and whole, is left as it is.
 
     Args:
         export: what it takes to act.
@@ -50,17 +52,20 @@ def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor],
         UserError: the disk refuses; earlier checkpoints are untouched.
     """
     target, temporary = folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
+    if target.exists() and not damage(target):
+        return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
+            shutil.rmtree(left)
         _write_export(temporary / "export", export)
         (temporary / "state").mkdir()
         save_file(_savable(tensors), temporary / "state" / "training.safetensors")
         (temporary / "state" / "state.json").write_text(json.dumps({"step": step, **state}))
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(temporary)): _digest(path) for path in files}
-        (temporary / "manifest.json").write_text(json.dumps({"format": FORMAT, "sha256": manifest}, indent=1))
-        for path in (*files, temporary / "manifest.json"):
+        manifest = {name: _digest(temporary / name) for name in sorted(FILES)}
+        data = {"format": FORMAT, "version": __version__, "step": step, "sha256": manifest}
+        (temporary / "manifest.json").write_text(json.dumps(data, indent=1))
+        for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         if target.exists():
             shutil.rmtree(target)
@@ -69,9 +74,15 @@ def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor],
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {target}: {error}. Earlier checkpoints are untouched.") from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def prune(folder: Path, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the last `keep` and that of step `best`."""
+    for old in checkpoints(folder)[:-keep]:
+        if best is None or old.name != f"step-{best:08d}":
+            gone = old.rename(folder / f".removing-{old.name}")  # half removed, it should not look like a damaged one
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _write_export(folder: Path, export: Export) -> None:
@@ -102,42 +113,64 @@ def _flush(path: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+    """The checkpoints in a folder, oldest first, damaged ones included."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
 def find(path: Path | str) -> Path:
-    """The checkpoint that a user means: one by its folder, or the last of a run.
+    """The checkpoint that a user means: one by its folder, or the last of a run that is whole.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or all are damaged.
     """
     path = Path(path)
     if (path / "manifest.json").is_file():
+        verify(path)
         return path
     found = checkpoints(path / "checkpoints") or checkpoints(path)
     if not found:
         raise UserError(f"{path} holds no checkpoint: name a run's folder (the one with config.yaml) or a checkpoint.")
-    return found[-1]
+    for number, checkpoint in enumerate(reversed(found), start=1):
+        fault = damage(checkpoint)
+        if not fault:
+            return checkpoint
+        if number < len(found):
+            warnings.warn(f"{fault} The one before it is taken instead.", stacklevel=2)
+    raise UserError(f"no checkpoint of {path} can be used: {fault}")
 
 
-def verify(path: Path) -> None:
-    """Compare the files of a checkpoint with its manifest.
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint of a run, in a sentence; empty if nothing is."""
+    try:
+        step = verify(path)
+    except UserError as error:
+        return str(error)
+    return "" if path.name == f"step-{step:08d}" else f"the checkpoint {path} is damaged (it is that of step {step})."
+
+
+def verify(path: Path) -> int:
+    """Compare the files of a checkpoint with its manifest; gives its step.
 
     Raises:
-        UserError: a file is missing or differs from what was written.
+        UserError: it is of another version, or a file is missing or differs from what was written.
     """
     try:
-        expected = read_json(path / "manifest.json", "sha256")["sha256"]
-        if set(expected) != FILES:
+        manifest = read_json(path / "manifest.json", "format", "step", "sha256")
+        if manifest["format"] != FORMAT:
+            raise UserError(
+                f"the checkpoint {path} has format {manifest['format']!r}, and this version reads {FORMAT}: use it "
+                f"with offline_cai {manifest.get('version', '0.1.0')}, which wrote it, or train again."
+            )
+        if set(manifest["sha256"]) != FILES:
             raise UserError(f"{path / 'manifest.json'} does not list {', '.join(sorted(FILES))}: it is damaged.")
-        for name, digest in expected.items():
+        for name, digest in manifest["sha256"].items():
             if _digest(path / name) != digest:
-                raise UserError(
-                    f"{path / name} differs from what was written: the checkpoint is damaged. Take another."
-                )
-    except (OSError, TypeError) as error:
-        raise UserError(f"the checkpoint {path} is damaged ({error}). Take another of its run.") from None
+                raise UserError(f"{path / name} differs from what was written: the checkpoint is damaged.")
+        return int(manifest["step"])
+    except UserError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} is damaged ({error}).") from None
 
 
 def load(path: Path | str, device: torch.device | str = "cpu") -> Algorithm:
@@ -147,7 +180,6 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Algorithm:
         UserError: no checkpoint, a damaged one, or weights of another shape than its config says.
     """
     path = find(path)
-    verify(path)
     data = read_json(path / "export" / "config.json", "algorithm", "config", "spec")
     cls = algorithms.find(data["algorithm"])
     algorithm = cls(Spec.from_json(data["spec"]), config.build(cls.Config, data["config"], str(path)))
@@ -156,9 +188,9 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Algorithm:
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the JSON that a resume needs."""
-    verify(path)
-    return _tensors(path / "state" / "training.safetensors"), read_json(path / "state" / "state.json", "step", "source")
+    """The tensors and the JSON that a resume needs, from a checkpoint that `find` gave."""
+    facts = read_json(path / "state" / "state.json", "step", "experiment", "training", "source")
+    return _tensors(path / "state" / "training.safetensors"), facts
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -2,10 +2,14 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 from offline_cai import algorithms, config
 from offline_cai.errors import UserError, did_you_mean
+
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,8 @@ class TrainingConfig:
     """Optimiser steps."""
     batch_size: int = 64
     """Windows per step, over all processes."""
+    accumulate: int = 1
+    """Micro-batches that a process cuts its part of a batch into, one after the other, to save memory."""
     learning_rate: float = 1e-3
     """Adam's learning rate at its highest."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -24,34 +30,54 @@ class TrainingConfig:
     """Steps over which the learning rate rises."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW)."""
-    clip: float | None = 1.0
-    """Largest norm of the gradient; null: no clipping."""
+    clip: float | dict[str, float] | None = 1.0
+    """Largest norm of the gradient of each parameter group, one for all or by phase; null: no clipping."""
     ema: float = 0.995
     """Decay of the averaged weights per step, which are the ones that act; 0: no averaging."""
     log_every: int = 50
     """Steps between lines of metrics."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints; the last step always has one."""
+    """Steps between checkpoints; the last step and those with an evaluation always have one."""
     keep: int = 2
-    """Checkpoints to keep."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Precision of the forward pass, by Accelerate (bf16 is slow on CPUs that have no instructions for it)."""
+    """Last checkpoints to keep; the one with the best evaluation is kept besides."""
+    evaluate_every: int | None = None
+    """Steps between evaluations in the protocol's environment, on starts of their own; null: none while training."""
+    evaluate_episodes: int = 10
+    """Episodes of each of these evaluations."""
+    on_divergence: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss is not finite or a gradient explodes: stop, skip the update (100 in a row at most), or go back to the
+    last checkpoint with half the learning rate (5 times at most)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: on the GPU if there is one."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the forward pass, by Accelerate; a device that lacks it computes in float32."""
+    tf32: bool = False
+    """Whether float32 matrix products may use TF32 on GPUs that have it."""
+    compile: bool = False
+    """Whether torch.compile compiles the loss; the seconds that it takes are reported."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers beside metrics.jsonl: tensorboard, or none."""
+    """Trackers beside metrics.jsonl: tensorboard, trackio, wandb, or none."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "evaluate_episodes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}; it has to be in [0, 1).")
         if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf or self.warmup < 0:
             raise UserError("learning_rate has to be a positive number, weight_decay and warmup at least zero.")
-        if self.clip is not None and not self.clip > 0:
-            raise UserError(f"clip is {self.clip}; it has to be positive, or null for no clipping.")
+        if self.evaluate_every is not None and self.evaluate_every < 1:
+            raise UserError(f"evaluate_every is {self.evaluate_every}; it has to be at least 1, or null for never.")
+        for clip in self.clip.values() if isinstance(self.clip, dict) else [self.clip]:
+            if clip is not None and not clip > 0:
+                raise UserError(f"clip is {clip}; it has to be positive, or null for no clipping.")
         for name in self.trackers:
-            if name != "tensorboard":
-                raise UserError(f"there is no tracker {name!r}; {did_you_mean(name, ['tensorboard'])}")
+            if name not in TRACKERS:
+                raise UserError(f"there is no tracker {name!r}; {did_you_mean(name, TRACKERS)}")
+            if find_spec(name) is None:
+                raise UserError(
+                    f"the tracker {name} is not installed: pip install {name}, or leave it out of trackers."
+                )
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,31 @@ def load(name: str, flags: dict[str, str] | None = None) -> Experiment:
     return parse(data, str(path))
 
 
+RESUMABLE = tuple(
+    f"training.{name}"
+    for name in (
+        *("steps", "log_every", "checkpoint_every", "keep", "evaluate_every", "evaluate_episodes"),
+        *("on_divergence", "device", "trackers"),
+    )
+)
+"""What a resume may change: the run stays the same run, only longer, or watched and saved in another way."""
+
+
+def require_same(experiment: Experiment, saved: dict[str, Any], where: Path) -> None:
+    """Compare an experiment with that of a checkpoint.
+
+    Raises:
+        UserError: names the first field that differs, and is not one that a resume may change.
+    """
+    ours, theirs = (dict(config.flatten(data)) for data in (config.to_dict(experiment), saved))
+    for name in (*ours, *theirs):
+        if name not in RESUMABLE and ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{where} is of another experiment: its {name} is {theirs.get(name)!r}, here it is {ours.get(name)!r}. "
+                "Resume with the config that the run was started with, or start a new run."
+            )
+
+
 def parse(data: dict[str, Any], where: str) -> Experiment:
     if not isinstance(data.get("algorithm"), str):
         raise UserError(f"{where}: the key 'algorithm' has to name one of {', '.join(algorithms.names())}.")
@@ -93,6 +144,8 @@ def parse(data: dict[str, Any], where: str) -> Experiment:
     experiment = config.build(Experiment, plain, where)
     if experiment.protocol is not None:
         config.find(experiment.protocol, "eval")
+    elif experiment.training.evaluate_every is not None:
+        raise UserError(f"{where}: training.evaluate_every needs a protocol: name one of eval/.")
     if not 0 <= experiment.seed < 2**63:
         raise UserError(f"{where}: seed is {experiment.seed}; it has to be from 0 to 2^63 - 1.")
     return Experiment(**{**{f.name: getattr(experiment, f.name) for f in fields(Experiment)}, "model": model})

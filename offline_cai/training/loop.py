@@ -1,111 +1,74 @@
 """The one training loop: it knows sources, algorithms and steps, and no algorithm by name."""
 
-import fcntl
 import json
-import math
-import os
+import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from tqdm import tqdm
+from accelerate.utils import gather_object
 
 from offline_cai import algorithms, config
-from offline_cai.core import Algorithm, Batch, Source
+from offline_cai.core import Algorithm, Source, SourceState
 from offline_cai.data import catalogue
-from offline_cai.data.trajectories import Trajectories, digests
-from offline_cai.data.windows import Windows
+from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.files import write_text
 from offline_cai.interrupts import Interrupt
 from offline_cai.provenance import versions
-from offline_cai.training import checkpoint
-from offline_cai.training.experiment import Experiment, TrainingConfig
-from offline_cai.training.sources import OfflineSource
+from offline_cai.training import checkpoint, folder, processes, sources
+from offline_cai.training.experiment import Experiment, require_same
+from offline_cai.training.practice import Abandoned, Practice
+from offline_cai.training.state import Diverged, TrainingState
 from offline_cai.training.trackers import MetricsFile
+from offline_cai.training.watch import Clock, Progress
+
+SLOWEST = 2.0**-5
+"""The least slowdown: after that many halvings of the learning rate, `on_divergence: rollback` gives up."""
 
 
-def train(experiment: Experiment, output: Path, resume: bool = False, quiet: bool = False) -> Path:
+def train(
+    experiment: Experiment,
+    output: Path,
+    resume: bool = False,
+    quiet: bool = False,
+    accelerator: Accelerator | None = None,
+) -> Path:
     """Train an experiment into the folder `output` and return its last checkpoint.
+
+    Of several processes each calls this alike, with its `accelerator`; the first one writes.
 
     Raises:
         UserError: the folder exists already (and it is no resume), or dataset, config or checkpoint are at fault.
-        Interrupted: Ctrl-C; a checkpoint of the last complete step was kept.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last complete step was kept.
     """
-    c, accelerator = experiment.training, _accelerator(experiment, output)
-    if not resume:
-        _require_new(output)
-    trajectories = catalogue.trajectories(experiment.dataset)
+    accelerator = accelerator or processes.join(experiment.training)
+    main = accelerator.is_main_process
+    if main and not resume:
+        folder.require_new(output)
+    with accelerator.local_main_process_first():  # one converts the dataset, the others find it converted
+        trajectories = catalogue.trajectories(experiment.dataset)
     algorithm = build(experiment, trajectories)
-    needs = algorithm.needs
-    windows = Windows(trajectories, needs.horizon, needs.stride, needs.discount, needs.padding)
-    state = TrainingState(algorithm, c, accelerator)
-    data = None if trajectories.path is None else digests(trajectories.path)["rows"]
-    source = OfflineSource(windows, c.batch_size, experiment.seed, data=data)
-    with _only_one(output):
-        if not resume:
-            _require_new(output)
-        start = state.resume(output, source) if resume else 0
-        if start > c.steps:
-            raise UserError(f"{output} has done {start} steps already: training.steps cannot be {c.steps}.")
-        write_text(output / "config.yaml", config.dump(experiment))
-        write_text(output / "versions.json", json.dumps(versions(), indent=1))
-        return _steps(experiment, output, algorithm, state, source, start, quiet)
-
-
-def _steps(
-    experiment: Experiment,
-    output: Path,
-    algorithm: Algorithm,
-    state: "TrainingState",
-    source: Source,
-    start: int,
-    quiet: bool,
-) -> Path:
-    """The steps from `start` to the last; returns the last checkpoint."""
-    c, accelerator = experiment.training, state.accelerator
-    metrics = MetricsFile(output / "metrics.jsonl", start)
-    if c.trackers:
-        accelerator.init_trackers("tensorboard", _flat(experiment))
-
-    def save(step: int) -> Path:
-        _require_finite({name: bool(t.isfinite().all()) for name, t in algorithm.state_dict().items()}, step, output)
-        export = checkpoint.Export(experiment.algorithm, experiment.model, algorithm.spec, state.weights_to_act_with())
-        return checkpoint.save(
-            output / "checkpoints", step, export, state.tensors(), {"source": source.state()}, c.keep
-        )
-
-    step, path, began = start, None, time.monotonic() - metrics.seconds
-    progress = tqdm(total=c.steps, initial=start, desc="train", unit="step", disable=quiet, dynamic_ncols=True)
-    with Interrupt() as interrupt, progress:
-        while step < c.steps:
-            state.set_learning_rate(step)
-            metrics_of_step = algorithm.update(source(step).to(accelerator.device), state)
-            step += 1
-            state.average()
-            progress.update()
-            if step % c.log_every == 0 or step == c.steps:
-                values = {name: float(value) for name, value in metrics_of_step.items()}
-                values |= {"learning_rate": state.learning_rate(step - 1), "seconds": time.monotonic() - began}
-                _require_finite({name: math.isfinite(value) for name, value in values.items()}, step, output)
-                metrics.write(step, values)
-                accelerator.log(values, step=step)
-                progress.set_postfix({"loss": f"{values.get('loss', math.nan):.4f}"})
-            if interrupt.asked or step % c.checkpoint_every == 0 or step == c.steps:
-                path = save(step)
-            if interrupt.asked:
-                break
-    metrics.close()
-    source.close()
-    accelerator.end_training()
-    if interrupt.asked and step < c.steps:
-        raise Interrupted(f"stopped at step {step} of {c.steps}. Resume with: offline-cai train --resume {output}")
-    return path or checkpoint.find(output)
+    processes.require_able(algorithm, experiment.algorithm, accelerator)
+    source = sources.build(experiment, algorithm, trajectories, accelerator)
+    state = TrainingState(algorithm, experiment.training, accelerator)
+    with folder.locked(output, main):
+        if main and not resume:
+            folder.require_new(output)
+        run = _Run(experiment, output, state, source, quiet)
+        start = run.load() if resume and checkpoint.checkpoints(output / "checkpoints") else 0
+        if start > experiment.training.steps:
+            raise UserError(
+                f"{output} has done {start} steps already: training.steps cannot be {experiment.training.steps}."
+            )
+        try:
+            run.steps(start)
+        finally:
+            run.close()
+    return checkpoint.find(output)
 
 
 def build(experiment: Experiment, trajectories: Trajectories) -> Algorithm:
@@ -116,127 +79,173 @@ def build(experiment: Experiment, trajectories: Trajectories) -> Algorithm:
     return algorithm
 
 
-def _accelerator(experiment: Experiment, output: Path) -> Accelerator:
-    c = experiment.training
-    accelerator = Accelerator(mixed_precision=c.mixed_precision, log_with=list(c.trackers), project_dir=str(output))
-    processes = max(accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
-    if processes > 1:
-        raise UserError(f"{processes} processes were started, but this version trains in one process only.")
-    return accelerator
+class _Run:
+    """One training from its first step to its last, in one of its processes."""
 
+    def __init__(self, experiment: Experiment, output: Path, state: TrainingState, source: Source, quiet: bool) -> None:
+        self.experiment, self.output, self.state, self.source = experiment, output, state, source
+        self.c, self.accelerator = experiment.training, state.accelerator
+        self.main = self.accelerator.is_main_process
+        self.quiet = quiet or not self.main
+        self.practice = Practice.of(experiment, state.algorithm) if self.main else None
 
-def _require_new(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= {".lock"}):
-        raise UserError(
-            f"the output folder {output} is not empty and is not overwritten. Name another with --output, remove it, "
-            f"or go on with its training: offline-cai train --resume {output}"
-        )
+    def steps(self, start: int) -> None:
+        """The steps from `start` to the last."""
+        c, state, step = self.c, self.state, start
+        self._open(start)
+        self.start, self.clock = start, Clock(start)
+        with Interrupt() as self.interrupt:
+            if start:
+                self.evaluate(start)  # a stop may have come between a step and its evaluation
+            while step < c.steps and not state.stopping:
+                try:
+                    values = self.update(step)
+                    step += 1
+                    self.record(step, values)
+                    self.evaluate(step)
+                    if state.stopping or step == c.steps or self._due(step, c.checkpoint_every, c.evaluate_every):
+                        self.save(step)
+                except Diverged as fault:
+                    step = self.roll_back(step, fault)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if step < c.steps:
+            raise Interrupted(
+                f"stopped at step {step} of {c.steps}. Resume with: offline-cai train --resume {self.output}",
+                128 + (self.interrupt.asked or signal.SIGTERM),
+            )
 
+    def _open(self, start: int) -> None:
+        who = processes.describe(self.c, self.accelerator)
+        self.progress = Progress(self.c.steps, start, self.quiet)
+        self.progress.say(f"train: {who}")
+        if self.main:
+            write_text(self.output / "config.yaml", config.dump(self.experiment))
+            write_text(self.output / "versions.json", json.dumps(versions() | {"processes": who}, indent=1))
+            self.metrics = MetricsFile(self.output / "metrics.jsonl", start)
+            self.began = time.monotonic() - self.metrics.seconds
+        if self.c.trackers:
+            self.accelerator.project_configuration.logging_dir = str(self.output / "tensorboard")
+            self.accelerator.init_trackers(self.experiment.name, _flat(self.experiment))
 
-@contextmanager
-def _only_one(output: Path) -> Iterator[None]:
-    """The run's folder, locked while this process trains in it; the lock ends with the process, however it ends."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with (output / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError:
-        raise UserError(f"another process is training into {output}: wait for it, or name another --output.") from None
+    def _due(self, step: int, *every: int | None) -> bool:
+        return any(n is not None and step % n == 0 for n in every)
+
+    def update(self, step: int) -> dict[str, float]:
+        """The iteration after `step` steps: a batch, the algorithm's update, the average."""
+        state, before = self.state, self.source.seconds
+        with self.clock("data"):
+            batch = self.source(step).to(self.accelerator.device)
+        self.clock.move(self.source.seconds - before, "data", "environment")
+        with self.clock("update"):
+            state.set_learning_rate(step)
+            state.stop = bool(self.interrupt.asked)
+            values = state.algorithm.update(batch, state)
+            state.average()
+        return values
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """A row of metrics, if one is due, and the progress that people see."""
+        if self.c.compile and step == self.start + 1:
+            self.progress.say(f"train: compiled, in {sum(self.state.first_call.values()):.1f} s for the first step")
+        self.progress.advance(step, values)
+        if self.main and (step == self.c.steps or self._due(step, self.c.log_every)):
+            rate = self.state.learning_rate(step - 1)
+            self._write(step, {**values, "learning_rate": rate, **self.clock.report(step)})
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        row = {**values, "seconds": time.monotonic() - self.began}
+        self.metrics.write(step, row)
+        self.accelerator.log(row, step=step)
+
+    def evaluate(self, step: int) -> None:
+        """The evaluation at `step`, if one is due, in the first process; it is given up when asked to stop."""
+        if self.state.stopping or not self._due(step, self.c.evaluate_every):
+            return
+        if self.practice is not None and step not in self.metrics.scores:
+            with self.clock("evaluation"):
+                try:
+                    scores = self.practice(self.state.weights_to_act_with(), self.interrupt)
+                    self._write(step, scores)
+                    self.progress.say(f"train: step {step}, score {scores['score']:.1f}")
+                except Abandoned:
+                    pass
+        self.state.stop = bool(self.interrupt.asked)
+        self.state.agree_to_stop()
+
+    # Nothing is lost ------------------------------------------------------------------------------------------------
+
+    def save(self, step: int) -> None:
+        """The checkpoint of `step`.
+
+        Raises:
+            Diverged: a weight is not finite; such weights are never saved.
+        """
+        with self.clock("checkpoint"):
+            for name, tensor in self.state.algorithm.state_dict().items():
+                if not tensor.isfinite().all():
+                    raise Diverged(f"the weight {name} is not finite")
+            parts = gather_object([self.source.state()])
+            if not self.main:
+                return
+            facts = {name: value for part in parts for name, value in part.facts.items()}
+            tensors = {f"source/{name}": value for part in parts for name, value in part.tensors.items()}
+            target, algorithm = self.output / "checkpoints", self.state.algorithm
+            checkpoint.save(
+                target,
+                step,
+                checkpoint.Export(
+                    self.experiment.algorithm, algorithm.config, algorithm.spec, self.state.weights_to_act_with()
+                ),
+                self.state.tensors() | tensors,
+                {"experiment": config.to_dict(self.experiment), "training": self.state.facts(), "source": facts},
+            )
+            checkpoint.prune(target, self.c.keep, self.metrics.best())
+
+    def load(self) -> int:
+        """Go back to the last checkpoint that is whole; gives its step.
+
+        Raises:
+            UserError: it is of another experiment or of other data, or none is whole.
+        """
+        path = checkpoint.find(self.output)
+        tensors, facts = checkpoint.load_state(path)
+        require_same(self.experiment, facts["experiment"], path)
+        own = {name.removeprefix("source/"): t for name, t in tensors.items() if name.startswith("source/")}
+        self.source.load(SourceState(facts["source"], own))
+        self.state.load(tensors, facts["training"], str(path))
+        return int(facts["step"])
+
+    def roll_back(self, step: int, fault: Diverged) -> int:
+        """What `on_divergence` says; gives the step to go on from.
+
+        Raises:
+            UserError: to stop, or after too many rollbacks, or with no checkpoint to go back to.
+        """
+        saved = checkpoint.checkpoints(self.output / "checkpoints")
+        slowdown = self.state.slowdown / 2
+        if self.c.on_divergence != "rollback" or not saved or slowdown < SLOWEST:
+            kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+            raise UserError(
+                f"training diverged after {step} steps: {fault}. Lower training.learning_rate or clip, or see "
+                f"training.on_divergence; {kept}."
+            )
+        back = self.load()
+        self.state.slowdown = slowdown
+        self.progress.say(f"train: after {step} steps {fault}: back to step {back}, learning rate times {slowdown:g}")
+        self.clock = Clock(back)
+        self.progress.back_to(back)
+        if self.main:
+            self.metrics.rewind(back)
+        return back
+
+    def close(self) -> None:
+        self.source.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def _flat(experiment: Experiment) -> dict[str, Any]:
     """The config for trackers, which take neither lists nor None."""
     leaves = config.flatten(config.to_dict(experiment))
     return {name: value if isinstance(value, int | float | str) else json.dumps(value) for name, value in leaves}
-
-
-def _require_finite(finite: Mapping[str, bool], step: int, output: Path) -> None:
-    for name, is_finite in finite.items():
-        if not is_finite:
-            saved = checkpoint.checkpoints(output / "checkpoints")
-            kept = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
-            raise UserError(
-                f"training diverged: {name} is not finite at step {step}. Lower training.learning_rate; {kept}."
-            )
-
-
-class TrainingState:
-    """What training changes: weights, their average and the optimisers. Called, it is the `Step` of core.py."""
-
-    def __init__(self, algorithm: Algorithm, training: TrainingConfig, accelerator: Accelerator) -> None:
-        self.config, self.accelerator, self.algorithm = training, accelerator, algorithm
-        named = dict(algorithm.named_parameters())
-        self.module = accelerator.prepare(algorithm)
-        self.optimisers: dict[str, Any] = {}
-        self.parameters: dict[str, list[Tensor]] = {}
-        for phase, prefixes in algorithm.needs.groups.items():
-            self.parameters[phase] = [p for name, p in named.items() if name.startswith(prefixes)]
-            optimiser = torch.optim.AdamW(
-                self.parameters[phase], lr=training.learning_rate, weight_decay=training.weight_decay
-            )
-            self.optimisers[phase] = accelerator.prepare(optimiser)
-        self.ema = [p.detach().clone() for p in named.values()] if training.ema else []
-
-    def __call__(self, batch: Batch, phase: str = "all") -> dict[str, Tensor]:
-        optimiser = self.optimisers[phase]
-        optimiser.zero_grad(set_to_none=True)
-        loss, metrics = self.module(batch, phase)
-        self.accelerator.backward(loss)
-        values = dict(metrics)
-        if self.config.clip is not None:
-            values["grad_norm"] = self.accelerator.clip_grad_norm_(self.parameters[phase], self.config.clip)
-        optimiser.step()
-        return values
-
-    def learning_rate(self, step: int) -> float:
-        """A function of the optimiser step alone, so a resumed run needs no scheduler's state."""
-        c = self.config
-        warm = min(1.0, (step + 1) / max(c.warmup, 1))
-        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.schedule == "cosine" else 1.0
-        return c.learning_rate * warm * decay
-
-    def set_learning_rate(self, step: int) -> None:
-        for optimiser in self.optimisers.values():
-            for group in optimiser.param_groups:
-                group["lr"] = self.learning_rate(step)
-
-    def average(self) -> None:
-        if self.ema:
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.algorithm.parameters()], 1 - self.config.ema)
-
-    def weights_to_act_with(self) -> dict[str, Tensor]:
-        """The algorithm's state with averaged parameters."""
-        names = (name for name, _ in self.algorithm.named_parameters())
-        return {**self.algorithm.state_dict(), **dict(zip(names, self.ema, strict=False))}
-
-    # Saving and resuming -------------------------------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Raw weights, the average and the optimisers' moments, by name."""
-        out = {f"model/{name}": tensor for name, tensor in self.algorithm.state_dict().items()}
-        out |= {f"ema/{i:05d}": tensor for i, tensor in enumerate(self.ema)}
-        for phase, optimiser in self.optimisers.items():
-            for i, moments in optimiser.state_dict()["state"].items():
-                out |= {f"optimiser/{phase}/{i:05d}/{name}": torch.as_tensor(value) for name, value in moments.items()}
-        return out
-
-    def resume(self, output: Path, source: Source) -> int:
-        """Load the last checkpoint of a run, in place, and return its step; 0 if the run has none yet."""
-        if not checkpoint.checkpoints(output / "checkpoints"):
-            return 0
-        path = checkpoint.find(output)
-        tensors, state = checkpoint.load_state(path)
-        source.load(state["source"])
-        model = {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
-        checkpoint.assign(self.algorithm, model, str(path))
-        for i, average in enumerate(self.ema):
-            average.copy_(tensors[f"ema/{i:05d}"])
-        for phase, optimiser in self.optimisers.items():
-            moments: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in tensors.items():
-                if name.startswith(f"optimiser/{phase}/"):
-                    index, key = name.rsplit("/", 2)[1:]
-                    moments.setdefault(int(index), {})[key] = tensor
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-        return int(state["step"])

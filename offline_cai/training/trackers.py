@@ -14,20 +14,37 @@ class MetricsFile:
 
     Attributes:
         seconds: of training up to the last row that was kept.
+        scores: of the evaluations so far, by step.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        kept = [row for row in read(path) if row["step"] <= resume_step] if path.exists() else []
+        self._path = path
+        self.rewind(resume_step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`."""
+        kept = [row for row in read(self._path) if row["step"] <= step] if self._path.exists() else []
         self.seconds = float(kept[-1].get("seconds", 0.0)) if kept else 0.0
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
+        self.scores = {row["step"]: row["score"] for row in kept if "score" in row}
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error}. The checkpoints so far are untouched.") from error
+        if "score" in values:
+            self.scores[step] = values["score"]
 
-    def close(self) -> None:
-        self._file.close()
+    def best(self) -> int | None:
+        """The step with the highest score, the earliest of equals; None if nothing was evaluated."""
+        return max(self.scores, key=lambda step: (self.scores[step], -step), default=None)
+
+
+def timeless(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what differs between two equal runs: its times."""
+    return {k: v for k, v in row.items() if k not in ("seconds", "steps_per_second") and not k.startswith("share_")}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

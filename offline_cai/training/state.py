@@ -1,0 +1,210 @@
+"""What training changes, and the one optimiser step that changes it, in one process or in many."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from offline_cai.core import Algorithm, Batch
+from offline_cai.training.checkpoint import assign
+from offline_cai.training.experiment import TrainingConfig
+
+MOST_SKIPPED = 100
+"""Updates in a row that `on_divergence: skip` leaves out before it gives up."""
+GRADIENT_LIMIT = 1e8
+"""A norm of the gradient above this is an explosion."""
+
+
+class Diverged(Exception):
+    """A number of a step is not finite, or its gradient exploded; the weights are still those from before the step."""
+
+
+class TrainingState:
+    """Weights, their average and the optimisers. Called, it is the `Step` of core.py.
+
+    Every process holds all of it. The gradients of a phase's group, and the sums that its loss is made of, are added up
+    over micro-batches and processes in one reduction, and divided by the count of them all. So any number of processes
+    makes the same step, and a phase that leaves other groups without gradients costs them nothing.
+
+    Attributes:
+        stop: set to 1 to ask all processes to stop; `stopping` is true in all of them from the next step on.
+        slowdown: a factor on the learning rate, halved by each rollback.
+        first_call: seconds of the first step of each phase, compilation included.
+    """
+
+    def __init__(self, algorithm: Algorithm, training: TrainingConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator, self.algorithm = training, accelerator, algorithm.to(accelerator.device)
+        if accelerator.num_processes > 1:  # machines may differ in the last bits of what they fitted
+            broadcast(list(algorithm.state_dict().values()))
+        self.module = torch.compile(algorithm) if training.compile else algorithm
+        self.optimisers: dict[str, Any] = {}
+        self.parameters: dict[str, list[Tensor]] = {}
+        named = dict(algorithm.named_parameters())
+        for phase, prefixes in algorithm.needs.groups.items():
+            self.parameters[phase] = [p for name, p in named.items() if name.startswith(prefixes)]
+            optimiser = torch.optim.AdamW(
+                self.parameters[phase], lr=training.learning_rate, weight_decay=training.weight_decay
+            )
+            self.optimisers[phase] = accelerator.prepare(optimiser)
+        self.ema = [p.detach().clone() for p in named.values()] if training.ema else []
+        self.slowdown, self.skipped, self.skipped_in_a_row = 1.0, 0, 0
+        self.stop, self.stopping = 0, False
+        self.first_call: dict[str, float] = {}
+
+    def __call__(self, batch: Batch, phase: str = "all") -> dict[str, float]:
+        """One step on the parameters of a phase; the means of the loss's terms and metrics, and the gradient's norm.
+
+        Raises:
+            Diverged: a term or the gradient is not finite, or exploded, and such steps are not to be skipped.
+        """
+        began, optimiser, parameters = time.perf_counter(), self.optimisers[phase], self.parameters[phase]
+        optimiser.zero_grad(set_to_none=True)
+        names, sums = self._backward(batch, phase)
+        self.accelerator.unscale_gradients(optimiser)
+        most = self._clip(phase)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
+        single = len(self.optimisers) == 1
+        values = dict(zip(names, (sums / sums[-1]).tolist(), strict=False))
+        norms = {"grad_norm" if single else f"{phase}_grad_norm": float(norm)}
+        if self._allowed(values, norms):
+            optimiser.step()
+        self.first_call.setdefault(phase, time.perf_counter() - began)
+        return values | norms | ({"skipped": self.skipped} if self.skipped else {})
+
+    def _backward(self, batch: Batch, phase: str) -> tuple[list[str], Tensor]:
+        """Leaves the gradient of the mean loss in the parameters; gives the names and sums of what there is to report.
+
+        The last of the sums is the count. All parts of this process's batch are divided by one number, `unit`, which is
+        the count itself where there is one part and one process.
+        """
+        unit, sums = None, None
+        for part in batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]:
+            with self.accelerator.autocast():
+                loss = self.module(part, phase)
+            unit = loss.entries if unit is None else unit
+            self.accelerator.backward(sum(loss.terms.values()) / unit)
+            found = [*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)]
+            like = self.parameters[phase][0]
+            part_sums = torch.stack([x.detach().to(like.device, like.dtype) for x in found])
+            sums = part_sums if sums is None else sums + part_sums
+        assert sums is not None and unit is not None
+        if self.accelerator.num_processes > 1 or self.config.accumulate > 1:
+            sums = self._add_up(phase, unit, sums)
+        else:
+            self.stopping |= bool(self.stop)
+        return [*loss.terms, *loss.metrics], sums
+
+    def _add_up(self, phase: str, unit: Tensor | int, sums: Tensor) -> Tensor:
+        """The sums over all processes; the gradients become those of the global mean."""
+        gradients = [p.grad for p in self.parameters[phase] if p.grad is not None]
+        stop = sums.new_tensor([self.stop])
+        total = self.sum(torch.cat([*((g * unit).flatten() for g in gradients), sums, stop]))
+        *parts, sums, stop = total.split([*(g.numel() for g in gradients), len(sums), 1])
+        torch._foreach_copy_(gradients, [part.view_as(g) / sums[-1] for part, g in zip(parts, gradients, strict=True)])
+        self.stopping |= bool(stop > 0)
+        return sums
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return (
+            self.accelerator.reduce(tensor.detach(), "sum") if self.accelerator.num_processes > 1 else tensor.detach()
+        )
+
+    def agree_to_stop(self) -> bool:
+        """Whether any process was asked to stop: all of them have to ask this at the same place."""
+        self.stopping |= bool(self.sum(torch.tensor([self.stop], device=self.accelerator.device)) > 0)
+        return self.stopping
+
+    def _clip(self, phase: str) -> float | None:
+        clip = self.config.clip
+        return clip.get(phase) if isinstance(clip, Mapping) else clip
+
+    def _allowed(self, values: dict[str, float], norms: dict[str, float]) -> bool:
+        """Whether the optimiser may step; removes what is not finite from the values of a step that is skipped.
+
+        A norm that is not finite is an everyday matter where a gradient scaler (fp16) seeks its scale: it skips itself.
+        """
+        fault = next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
+        if fault is None and self.accelerator.scaler is None:
+            fault = next((f"{name} is {x:.3g}" for name, x in norms.items() if not x <= GRADIENT_LIMIT), None)
+        if fault is None:
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.config.on_divergence != "skip" or self.skipped_in_a_row > MOST_SKIPPED:
+            raise Diverged(fault)
+        for numbers in (values, norms):
+            for name in [name for name, value in numbers.items() if not math.isfinite(value)]:
+                del numbers[name]
+        return False
+
+    def learning_rate(self, step: int) -> float:
+        """A function of the optimiser step (and of the rollbacks), so a resumed run needs no scheduler's state."""
+        c = self.config
+        warm = min(1.0, (step + 1) / max(c.warmup, 1))
+        decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.schedule == "cosine" else 1.0
+        return c.learning_rate * warm * decay * self.slowdown
+
+    def set_learning_rate(self, step: int) -> None:
+        for optimiser in self.optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = self.learning_rate(step)
+
+    def average(self) -> None:
+        if self.ema:
+            torch._foreach_lerp_(self.ema, [p.detach() for p in self.algorithm.parameters()], 1 - self.config.ema)
+
+    def weights_to_act_with(self) -> dict[str, Tensor]:
+        """The algorithm's state with averaged parameters."""
+        names = (name for name, _ in self.algorithm.named_parameters())
+        return {**self.algorithm.state_dict(), **dict(zip(names, self.ema, strict=False))}
+
+    # Saving and resuming ---------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Raw weights, the average and the optimisers' moments, by name."""
+        out = {f"model/{name}": tensor for name, tensor in self.algorithm.state_dict().items()}
+        out |= {f"ema/{i:05d}": tensor for i, tensor in enumerate(self.ema)}
+        for phase, optimiser in self.optimisers.items():
+            for i, moments in optimiser.state_dict()["state"].items():
+                out |= {f"optimiser/{phase}/{i:05d}/{name}": torch.as_tensor(value) for name, value in moments.items()}
+        return out
+
+    def facts(self) -> dict[str, Any]:
+        """The rest of it, as JSON."""
+        scaler = self.accelerator.scaler
+        return {
+            "slowdown": self.slowdown,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], where: str) -> None:
+        """Take up what `tensors` and `facts` gave.
+
+        Raises:
+            UserError: names the first tensor that is missing, unknown or of another shape.
+        """
+        own = self.tensors()
+        assign(self.algorithm, _below(tensors, "model/"), where)
+        for name, average in _below(own, "ema/").items():
+            average.copy_(tensors[f"ema/{name}"])
+        for phase, optimiser in self.optimisers.items():
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _below(tensors, f"optimiser/{phase}/").items():
+                index, key = name.split("/")
+                moments.setdefault(int(index), {})[key] = tensor
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+        self.slowdown, self.skipped = facts["slowdown"], facts["skipped"]
+        self.skipped_in_a_row = facts["skipped_in_a_row"]
+        if facts["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
