@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = tempfile.mkdtemp(prefix="offline-cai-tests-")
@@ -24,6 +25,14 @@ def pytest_sessionfinish() -> None:
     import shutil
 
     shutil.rmtree(_ROOT, ignore_errors=True)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """New tensors are float64 while the test runs."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -163,7 +163,7 @@ def verify(path: Path) -> int:
             )
         if set(manifest["sha256"]) != FILES:
             raise UserError(f"{path / 'manifest.json'} does not list {', '.join(sorted(FILES))}: it is damaged.")
-        for name, digest in manifest["sha256"].items():
+        for name, digest in dict(manifest["sha256"]).items():
             if _digest(path / name) != digest:
                 raise UserError(f"{path / name} differs from what was written: the checkpoint is damaged.")
         return int(manifest["step"])

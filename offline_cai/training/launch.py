@@ -20,12 +20,8 @@ GRACE = 5.0
 
 
 def is_worker() -> bool:
-    """Whether a launcher (this one, torchrun, Accelerate's) started this process."""
-    return bool({"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys())
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    """Whether this process is one of several that a launcher (this one, torchrun, Accelerate's) started."""
+    return "WORLD_SIZE" in os.environ
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.inference.gaussian import LinearGaussian
 from offline_cai.training.experiment import TrainingConfig
-from offline_cai.training.loop import TrainingState
+from offline_cai.training.state import TrainingState
 
 
 def test_it_finds_the_mean_of_a_linear_gaussian_behaviour() -> None:

@@ -60,7 +60,8 @@ def test_training_lowers_the_loss_and_the_denoiser_returns_clean_rows(spec: Spec
     for step in range(300):
         rows = rng.choice(windows.starts, size=32)
         batch = windows.gather(rows, seeding.keys(0, step, torch.arange(32)))
-        loss, _ = diffuser(batch)
+        terms, entries, _ = diffuser(batch)
+        loss = terms["loss"] / entries
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -87,7 +88,7 @@ def test_known_entries_carry_no_loss(store: Trajectories) -> None:
         return out
 
     diffuser.network.forward = spy  # type: ignore[method-assign]
-    diffuser(batch)[0].backward()
+    diffuser(batch).terms["loss"].backward()
     (x, out), clean = seen[0], diffuser.codec.encode(batch)
     mask = diffuser._mask(clean)
     assert torch.equal(x[mask], clean[mask]), "known entries enter without noise"

@@ -10,11 +10,15 @@ from offline_cai.core import Spec
 from offline_cai.errors import UserError
 from offline_cai.training import checkpoint
 
+FACTS = {"experiment": {}, "training": {}, "source": {"note": 1}}
+
 
 def save(folder: Path, spec: Spec, step: int = 1, keep: int = 2) -> Path:
     bc = BC(spec, BCConfig(hidden=(4,)))
     export = checkpoint.Export("bc", bc.config, spec, bc.state_dict())
-    return checkpoint.save(folder, step, export, {"model/x": torch.arange(3.0)}, {"source": {"note": 1}}, keep)
+    path = checkpoint.save(folder, step, export, {"model/x": torch.arange(3.0)}, dict(FACTS))
+    checkpoint.prune(folder, keep, best=None)
+    return path
 
 
 def test_the_last_ones_are_kept_and_found(tmp_path: Path, spec: Spec) -> None:
@@ -25,7 +29,7 @@ def test_the_last_ones_are_kept_and_found(tmp_path: Path, spec: Spec) -> None:
     assert checkpoint.find(tmp_path).name == "step-00000010"
     assert checkpoint.find(tmp_path / "checkpoints" / "step-00000002").name == "step-00000002"
     tensors, state = checkpoint.load_state(checkpoint.find(tmp_path))
-    assert tensors["model/x"].tolist() == [0, 1, 2] and state == {"step": 10, "source": {"note": 1}}
+    assert tensors["model/x"].tolist() == [0, 1, 2] and state == {"step": 10, **FACTS}
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.find(tmp_path / "elsewhere")
 
@@ -45,7 +49,16 @@ def test_a_changed_or_missing_file_is_found_out(tmp_path: Path, spec: Spec, name
 
 def test_a_manifest_has_to_list_every_file(tmp_path: Path, spec: Spec) -> None:
     path = save(tmp_path, spec)
-    for text, word in (('{"sha256": {}}', "does not list"), ("[]", "should hold a JSON object"), ("{", "as JSON")):
+    one = json.loads((path / "manifest.json").read_text())
+    empty, old = json.dumps(one | {"sha256": {}}), json.dumps(one | {"format": 1, "version": "0.0.1"})
+    listed = json.dumps(one | {"sha256": list(one["sha256"])})
+    for text, word in (
+        (empty, "does not list"),
+        ("[]", "should hold a JSON object"),
+        ("{", "as JSON"),
+        (old, "format 1, and this version reads 2: use it with offline_cai 0.0.1, which wrote it"),
+        (listed, "is damaged"),
+    ):
         (path / "manifest.json").write_text(text)
         with pytest.raises(UserError, match=word):
             checkpoint.load(path)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from offline_cai import commands
 from offline_cai.data import minari
 from offline_cai.errors import Interrupted, UserError
-from offline_cai.training import checkpoint, experiment, loop, trackers
+from offline_cai.training import checkpoint, experiment, loop, sources, trackers
 from offline_cai.training.experiment import Experiment
+from offline_cai.training.state import TrainingState
 
 
 @pytest.fixture
@@ -78,14 +79,14 @@ def test_a_resumed_run_is_the_same_run(
     exp: Experiment, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = tmp_path / "half"
-    original = loop.OfflineSource.__call__
+    original = sources.OfflineSource.__call__
 
     def interrupt(self, step: int):  # type: ignore[no-untyped-def]
         if step == 12:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, step)
 
-    monkeypatch.setattr(loop.OfflineSource, "__call__", interrupt)
+    monkeypatch.setattr(sources.OfflineSource, "__call__", interrupt)
     with pytest.raises(Interrupted, match=f"stopped at step 13 of 20. Resume with: offline-cai train --resume {half}"):
         commands.train(exp, half, quiet=True)
     assert checkpoint.find(half).name == "step-00000013"
@@ -135,8 +136,9 @@ def test_the_average_follows_its_definition(exp: Experiment, tmp_path: Path) -> 
 
 def test_the_learning_rate_is_a_function_of_the_step() -> None:
     def rate(step: int, **settings: object) -> float:
-        stand_in = type("S", (), {"config": experiment.TrainingConfig(steps=1000, **settings)})()  # type: ignore[arg-type]
-        return loop.TrainingState.learning_rate(stand_in, step)  # type: ignore[arg-type]
+        config = experiment.TrainingConfig(steps=1000, **settings)  # type: ignore[arg-type]
+        stand_in = type("S", (), {"config": config, "slowdown": 1.0})()
+        return TrainingState.learning_rate(stand_in, step)  # type: ignore[arg-type]
 
     assert rate(0) == pytest.approx(1e-5, rel=1e-3) and rate(99) == pytest.approx(1e-3, rel=0.03)
     assert rate(1000) == pytest.approx(2e-5) and rate(999) < rate(500) < rate(150)
@@ -145,7 +147,7 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
 
 def test_an_existing_folder_is_not_overwritten(exp: Experiment, run: Path) -> None:
     before = (run / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match=r"is not empty and is not overwritten.*--resume"):
+    with pytest.raises(UserError, match=r"a run of diffuser with 20 of 20 steps done, and is not .*--resume"):
         commands.train(exp, run, quiet=True)
     assert (run / "metrics.jsonl").read_text() == before
 
@@ -153,27 +155,33 @@ def test_an_existing_folder_is_not_overwritten(exp: Experiment, run: Path) -> No
 def test_divergence_is_said_and_not_saved(exp: Experiment, tmp_path: Path) -> None:
     wild = change(exp, learning_rate=1e30, clip=None, warmup=1, log_every=1, checkpoint_every=1000)
     with pytest.raises(
-        UserError, match=r"training diverged: \w+ is not finite at step \d+. Lower .*no checkpoint was written yet"
+        UserError, match=r"training diverged after 1 steps: loss is \w+\. Lower .*no checkpoint was written yet"
     ):
         commands.train(wild, tmp_path / "wild", quiet=True)
     assert not checkpoint.checkpoints(tmp_path / "wild" / "checkpoints")
 
 
-def test_a_resume_with_another_model_names_the_tensor(run: Path, tmp_path: Path) -> None:
+def test_a_resume_with_another_model_names_the_field(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "r")
     text = (tmp_path / "r" / "config.yaml").read_text()
     (tmp_path / "r" / "config.yaml").write_text(text.replace("channels: 8", "channels: 16"))
-    with pytest.raises(UserError, match=r"tensor '.*' has shape .* but this config makes it .*resume with the config"):
+    with pytest.raises(UserError, match=r"its model.channels is 8, here it is 16. Resume with the config"):
         commands.train(commands.resumed(tmp_path / "r", {}), tmp_path / "r", resume=True, quiet=True)
 
 
-def test_nan_weights_are_never_saved(exp: Experiment, tmp_path: Path) -> None:
-    """Diverging between two lines of metrics: the checkpoint that is due is refused, and the good one stays."""
-    wild = change(exp, learning_rate=1e30, clip=None, warmup=1, log_every=20, checkpoint_every=1)
-    with pytest.raises(UserError, match=r"training diverged: network\S+ is not finite at step \d+"):
-        commands.train(wild, tmp_path / "wild", quiet=True)
-    for path in checkpoint.checkpoints(tmp_path / "wild" / "checkpoints"):
-        assert all(t.isfinite().all() for t in load_file(path / "export" / "model.safetensors").values())
+def test_nan_weights_are_never_saved(exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight that something else spoils between two losses: the checkpoint that is due is refused."""
+    average = TrainingState.average
+
+    def spoil(self: TrainingState) -> None:
+        average(self)
+        if self.optimisers["all"].param_groups[0]["lr"] == self.learning_rate(2):
+            next(self.algorithm.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(TrainingState, "average", spoil)
+    with pytest.raises(UserError, match=r"training diverged after 3 steps: the weight network\S+ is not finite"):
+        commands.train(change(exp, checkpoint_every=1, keep=9), tmp_path / "wild", quiet=True)
+    assert len(checkpoint.checkpoints(tmp_path / "wild" / "checkpoints")) == 2
 
 
 def test_a_resume_goes_further_and_says_so_in_its_config(run: Path, tmp_path: Path) -> None:
@@ -198,7 +206,7 @@ def test_a_resume_refuses_other_data_and_steps_that_are_past(
         )
     assert "steps: 20" in (tmp_path / "r" / "config.yaml").read_text()
     before = (tmp_path / "r" / "stages.json").read_text()
-    monkeypatch.setattr(loop, "digests", lambda path: {"rows": "other"})
+    monkeypatch.setattr(sources, "digests", lambda path: {"rows": "other"})
     with pytest.raises(UserError, match="not the one that this run was trained on"):
         commands.train(
             commands.resumed(tmp_path / "r", {"training.steps": "30"}), tmp_path / "r", resume=True, quiet=True
@@ -219,14 +227,8 @@ def test_two_processes_cannot_train_into_one_folder(exp: Experiment, run: Path, 
     shutil.copytree(run, tmp_path / "r")
     with (tmp_path / "r" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is training"):
+        with pytest.raises(UserError, match=r"another process is training into .* \(it does not say which\)"):
             commands.train(commands.resumed(tmp_path / "r", {}), tmp_path / "r", resume=True, quiet=True)
-
-
-def test_more_processes_than_one_are_refused(exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes were started"):
-        commands.train(exp, tmp_path / "x", quiet=True)
 
 
 def test_bad_metrics_are_named(tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_metrics_survive_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n" + '{"step": 2, "lo')
     assert trackers.read(path) == [{"step": 1, "loss": 2.0}]
-    trackers.MetricsFile(path, resume_step=1).close()
+    trackers.MetricsFile(path, resume_step=1)
     assert path.read_text() == json.dumps({"step": 1, "loss": 2.0}) + "\n"
 
 
