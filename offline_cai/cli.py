@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from offline_cai import __version__
 from offline_cai.errors import Interrupted, UserError
+from offline_cai.training import launch
 
 _INTRO = """\
 Offline reinforcement learning and trajectory-diffusion planning as probabilistic inference.
@@ -46,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if "--debug" in arguments:
             raise
-        print(f"error{_of_process()}: {error}", file=sys.stderr)
+        launch.tell(str(error))
         return 2
     except Interrupted as stop:
-        if not _of_process():
+        if launch.is_first():
             print(f"interrupted: {stop}", file=sys.stderr)
         return stop.status
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if "--debug" in arguments:
             raise
-        print(f"error{_of_process()}: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        launch.tell(f"{error.filename or 'the system'}: {error.strerror or error}.")
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing that was complete is lost.", file=sys.stderr)
@@ -65,15 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _of_process() -> str:
-    """Which process of several speaks, if it is not the first."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f" in process {rank}"
-
-
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     """Our own warnings are sentences for the user; the others are not his business."""
-    if category is UserWarning and not _of_process():
+    if category is UserWarning and launch.is_first():
         print(f"warning: {message}", file=sys.stderr)
 
 
@@ -303,8 +298,6 @@ def _train(args: argparse.Namespace, flags: dict[str, str]) -> int:
         raise UserError("--resume after a CONFIG needs --output: the folder of the run to go on with.")
     if args.processes is not None and args.processes < 1:
         raise UserError(f"--processes is {args.processes}; it has to be at least 1.")
-    from offline_cai.training import launch
-
     if args.processes not in (None, 1) and not args.help and not launch.is_worker():
         return launch.launch(args.processes, args.words)
     from offline_cai import commands
@@ -317,7 +310,7 @@ def _train(args: argparse.Namespace, flags: dict[str, str]) -> int:
     run = commands.train(
         exp, args.output if args.config else args.resume, args.resume is not None, args.quiet, args.processes
     )
-    if not _of_process():
+    if launch.is_first():
         print(f"run: {run}\nnext: offline-cai evaluate {run}")
     return 0
 

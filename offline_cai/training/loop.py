@@ -107,7 +107,8 @@ class _Run:
                         self.save(step)
                 except Diverged as fault:
                     step = self.roll_back(step, fault)
-        self.accelerator.wait_for_everyone()
+        with processes.together():
+            self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if step < c.steps:
             raise Interrupted(
@@ -185,7 +186,8 @@ class _Run:
             for name, tensor in self.state.algorithm.state_dict().items():
                 if not tensor.isfinite().all():
                     raise Diverged(f"the weight {name} is not finite")
-            parts = gather_object([self.source.state()])
+            with processes.together():
+                parts = gather_object([self.source.state()])
             if not self.main:
                 return
             facts = {name: value for part in parts for name, value in part.facts.items()}

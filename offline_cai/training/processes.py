@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +12,7 @@ from accelerate.utils import gather_object
 from offline_cai.core import Algorithm
 from offline_cai.errors import UserError
 from offline_cai.training.experiment import TrainingConfig
+from offline_cai.training.launch import LOST
 
 
 def join(training: TrainingConfig, asked: int | None = None) -> Accelerator:
@@ -55,6 +58,20 @@ def _precision(training: TrainingConfig, cpu: bool) -> str:
     else:
         has = not cpu
     return training.mixed_precision if has else "no"
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What all processes do together.
+
+    Raises:
+        UserError: one of them is gone, which torch.distributed reports as a RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{LOST} ({reason}). Go on with: offline-cai train --resume RUN.") from error
 
 
 def describe(training: TrainingConfig, accelerator: Accelerator) -> str:

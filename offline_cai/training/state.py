@@ -13,6 +13,7 @@ from torch import Tensor
 from offline_cai.core import Algorithm, Batch
 from offline_cai.training.checkpoint import assign
 from offline_cai.training.experiment import TrainingConfig
+from offline_cai.training.processes import together
 
 MOST_SKIPPED = 100
 """Updates in a row that `on_divergence: skip` leaves out before it gives up."""
@@ -110,9 +111,8 @@ class TrainingState:
         return sums
 
     def sum(self, tensor: Tensor) -> Tensor:
-        return (
-            self.accelerator.reduce(tensor.detach(), "sum") if self.accelerator.num_processes > 1 else tensor.detach()
-        )
+        with together():
+            return self.accelerator.reduce(tensor.detach(), "sum")
 
     def agree_to_stop(self) -> bool:
         """Whether any process was asked to stop: all of them have to ask this at the same place."""
