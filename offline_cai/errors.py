@@ -1,4 +1,4 @@
-"""The one error that means "you can mend this": its text says what, where and how."""
+"""The one error that means "you can mend this": its text says what, where and how. And the one warning about data."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """A mistake in a user's input. The command line prints it as one sentence and exits with status 2."""
+
+
+class DataWarning(UserWarning):
+    """Data that can be used, but are likely not what their makers meant."""
 
 
 class Interrupted(Exception):

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from offline_cai.core import Episode, Spec
+from offline_cai.core import Spec
+from offline_cai.data.intake import Reading
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import UserError
 
@@ -38,19 +39,22 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
 
-def converted(name: str, source: Path, read: Callable[[], tuple[Spec, Iterable[Episode]]]) -> Trajectories:
+def converted(
+    name: str, source: Path, read: Callable[[], tuple[Spec, Iterable[Reading]]], repair: bool = False
+) -> Trajectories:
     """The store of a source: opened if it was converted before, else read, checked and kept.
 
     Args:
         name: names the store's folder and the source in errors; slashes are fine.
         source: file or folder, whose fingerprint decides whether it has to be read again.
         read: the spec and the episodes, one after the other.
+        repair: leave damaged episodes out. The store is another one then: who asks without gets the error, as before.
 
     Raises:
         UserError: a damaged episode, by name; nothing is kept then.
     """
     key = fingerprint(source)
-    path = cache_root() / "stores" / f"{name.replace('/', '--')}-{key}"
+    path = cache_root() / "stores" / f"{name.replace('/', '--')}-{key}{'-repaired' if repair else ''}"
     if path.exists():
         with suppress(UserError):  # a damaged store, or one of an older format, is only a cache: it is made anew
             return Trajectories.open(path)
@@ -58,5 +62,5 @@ def converted(name: str, source: Path, read: Callable[[], tuple[Spec, Iterable[E
     if not path.exists():
         spec, episodes = read()
         about = {"dataset": name, "fingerprint": key}
-        Trajectories.write(path, spec, episodes, f"dataset {name!r} ({source})", about)
+        Trajectories.write(path, spec, episodes, f"dataset {name!r} ({source})", about, repair)
     return Trajectories.open(path)

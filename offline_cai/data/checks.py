@@ -1,6 +1,6 @@
-"""What an episode has to be. Whoever reads data, from anywhere, passes it through here."""
+"""What an episode has to be, and what is odd in many of them. Whoever reads data, from anywhere, passes it through here."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +12,11 @@ SLACK = 1e-4  # float32 rounding of an action at its bound
 
 def check_episode(spec: Spec, episode: Episode, where: str) -> None:
     """Raise a UserError that names the field, the row and the mend if the episode is damaged."""
-    obs, action, reward = (np.asarray(x) for x in (episode.obs, episode.action, episode.reward))
+    parts = {"observations": episode.obs, "actions": episode.action, "rewards": episode.reward}
+    if episode.log_prob is not None:
+        parts["log-probabilities"] = episode.log_prob
+    arrays = {name: _numbers(name, part, where) for name, part in parts.items()}
+    obs, action, reward = (arrays[name] for name in ("observations", "actions", "rewards"))
     if reward.ndim != 1:
         raise UserError(f"{where}: rewards have shape {reward.shape}, not [steps]. Sum what belongs to one step.")
     steps = len(reward)
@@ -28,10 +32,9 @@ def check_episode(spec: Spec, episode: Episode, where: str) -> None:
             )
     if episode.log_prob is not None and np.shape(episode.log_prob) != (steps,):
         raise UserError(f"{where}: log-probabilities have shape {np.shape(episode.log_prob)}, not ({steps},).")
-    log_prob = np.zeros(1) if episode.log_prob is None else np.asarray(episode.log_prob)
-    numbers = (("observations", obs), ("actions", action), ("rewards", reward), ("log-probabilities", log_prob))
-    for name, array in numbers:
-        bad = np.argwhere(~np.isfinite(np.asarray(array, dtype=np.float32)))
+    for name, array in arrays.items():
+        with np.errstate(over="ignore"):
+            bad = np.argwhere(~np.isfinite(array.astype(np.float32)))
         if len(bad):
             raise UserError(
                 f"{where}: {name} hold {array[tuple(bad[0])]} at row {bad[0][0]} ({len(bad)} such numbers in all; a "
@@ -54,6 +57,16 @@ def check_episode(spec: Spec, episode: Episode, where: str) -> None:
         )
 
 
+def _numbers(name: str, part: Any, where: str) -> np.ndarray:
+    try:
+        array = np.asarray(part)
+    except ValueError:
+        raise UserError(f"{where}: {name} have rows of different lengths. Drop or repair it.") from None
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{where}: {name} hold {array.dtype}, not numbers. Convert them.")
+    return array
+
+
 def is_clean(spec: Spec, rows: np.ndarray, extra: np.ndarray) -> bool:
     """Whether packed rows [N, W] of many episodes are finite and their actions within bounds: one quick pass.
 
@@ -68,7 +81,41 @@ def is_clean(spec: Spec, rows: np.ndarray, extra: np.ndarray) -> bool:
     return bool(good.all() and np.isfinite(rows).all())
 
 
-def first_damaged(spec: Spec, episodes: Sequence[Episode], where: str, first: int) -> None:
-    """Raise for the first damaged one of `episodes`, which are numbered from `first`."""
-    for number, episode in enumerate(episodes, start=first):
-        check_episode(spec, episode, f"{where}, episode {number}")
+# What is odd ----------------------------------------------------------------------------------------------------------
+
+
+def oddities(numbers: np.ndarray, lengths: np.ndarray, terminal: np.ndarray, prints: np.ndarray) -> list[str]:
+    """What is odd in E sound episodes, a sentence each: repeated ones, and a time limit that looks like true ends.
+
+    Args:
+        numbers: of the episodes in their source [E].
+        lengths: steps [E].
+        terminal: true ends [E] bool.
+        prints: equal for equal episodes [E].
+    """
+    found = []
+    _, first, inverse = np.unique(prints, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[inverse] != np.arange(len(prints)))
+    if len(again):
+        found.append(
+            f"{len(again)} of {len(prints)} episodes repeat another one number by number; the first is episode "
+            f"{numbers[again[0]]}, which is episode {numbers[first[inverse[again[0]]]]} again. They weigh double."
+        )
+    longest = lengths == lengths.max()
+    if longest.sum() >= max(2, len(lengths) / 10) and terminal[longest].all():
+        found.append(
+            f"{longest.sum()} of {len(lengths)} episodes truly end after exactly {lengths.max()} steps, and none is "
+            "longer: that looks like a time limit, flagged as true ends. If it is one, flag these ends as cut "
+            "(truncations, time-outs), since nothing is learned from beyond a true end."
+        )
+    return found
+
+
+def both_flags(both: int, terminals: int, cuts: int) -> list[str]:
+    """The sentence about end flags that are copies of each other: `both` of so many ends carry the two."""
+    if both < 2 or not both == terminals == cuts:
+        return []
+    return [
+        f"all {both} ends are flagged as true ends and as cut by time: one flag looks like a copy of the other. They are "
+        "taken as true ends; if they are not, clear that flag."
+    ]

@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,11 +20,10 @@ import numpy as np
 from scipy.signal import lfilter
 
 from offline_cai.core import Episode, Spec
-from offline_cai.data.checks import first_damaged, is_clean
-from offline_cai.errors import UserError
+from offline_cai.data.intake import Intake, Reading
+from offline_cai.errors import DataWarning, UserError
 
-FORMAT = 2
-BLOCK = 256  # episodes that are packed and checked together
+FORMAT = 3
 FILES = {"rows": np.float32, "end": np.int64, "offsets": np.int64, "terminal": np.bool_}
 
 
@@ -129,25 +128,34 @@ class Trajectories:
     # Making and opening ----------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_episodes(cls, spec: Spec, episodes: Iterable[Episode], source: str = "the data") -> Self:
-        """A store in memory.
+    def from_episodes(
+        cls, spec: Spec, episodes: Iterable[Reading], source: str = "the data", repair: bool = False
+    ) -> Self:
+        """A store in memory. With `repair` damaged episodes are left out, and `info["dropped"]` says which and why.
 
         Raises:
             UserError: no episodes, or a damaged one; it names the source, the episode, the field and the mend.
         """
-        blocks = list(_blocks(spec, episodes, source))
-        if not blocks:
-            raise UserError(f"{source} holds no episodes: there is nothing to train on.")
-        rows, lengths, terminal = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+        intake = Intake(spec, source, repair)
+        rows, lengths, terminal = (np.concatenate(parts) for parts in zip(*intake.blocks(episodes), strict=True))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         arrays = {"rows": rows, "offsets": offsets, "terminal": terminal, "end": np.repeat(offsets[1:] - 1, lengths)}
-        return cls(spec, arrays)
+        return cls(spec, arrays, _noted(intake, {}))
 
     @classmethod
     def write(
-        cls, path: Path, spec: Spec, episodes: Iterable[Episode], source: str = "the data", info: Any = None
+        cls,
+        path: Path,
+        spec: Spec,
+        episodes: Iterable[Reading],
+        source: str = "the data",
+        info: dict[str, Any] | None = None,
+        repair: bool = False,
     ) -> None:
         """Write episodes to a new store, whole or not at all, in bounded memory. A store that is there already is kept.
+
+        What is odd in the data is given as a DataWarning and kept as `info["warnings"]`. With `repair` damaged episodes
+        are left out, and `info["dropped"]` says which and why.
 
         Raises:
             UserError: as `from_episodes`, or the disk refuses.
@@ -158,7 +166,7 @@ class Trajectories:
         except OSError as error:
             raise UserError(f"cannot write the trajectory store {path}: {error}.") from None
         try:
-            _write_files(temporary, spec, episodes, source, info)
+            _write_files(temporary, episodes, Intake(spec, source, repair), info or {})
             temporary.chmod(0o755)
             if not path.exists():
                 os.replace(temporary, path)
@@ -177,20 +185,16 @@ class Trajectories:
         """Map a saved store into memory; costs the same for any size.
 
         Raises:
-            UserError: there is no store, or its files do not have the sizes that it was written with.
+            UserError: there is no store, its meta.json was changed, or its files do not have the sizes that it was
+                written with.
         """
         try:
-            meta = json.loads((path / "meta.json").read_text())
-            if meta["format"] != FORMAT:
-                raise UserError(f"it has format {meta['format']}, and this version reads {FORMAT}.")
-            arrays = {
-                name: np.memmap(path / f"{name}.bin", dtype, mode="c", shape=tuple(meta["shapes"][name]))
-                for name, dtype in FILES.items()
-            }
+            meta = _meta(path)
+            arrays = {name: _mapped(path / f"{name}.bin", dtype, meta["shapes"][name]) for name, dtype in FILES.items()}
             store = cls(Spec.from_json(meta["spec"]), arrays, meta["info"])
             store.path = path
             return store
-        except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+        except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"cannot open the trajectory store {path}: {error} Delete it and convert again.") from None
 
 
@@ -213,51 +217,45 @@ def verify(path: Path) -> None:
                 raise UserError(f"{path / name}.bin differs from what was written. Delete the store and convert again.")
 
 
-def _blocks(
-    spec: Spec, episodes: Iterable[Episode], source: str
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Packed rows, lengths in rows and true ends of BLOCK episodes at a time, checked."""
-    iterator, done, logged = iter(episodes), 0, None
-    while block := list(islice(iterator, BLOCK)):
-        for number, episode in enumerate(block, start=done):
-            has_log_prob = episode.log_prob is not None
-            logged = has_log_prob if logged is None else logged
-            if has_log_prob != logged:
-                raise UserError(f"{source}, episode {number}: some episodes have log-probabilities: give all or none.")
-        try:
-            rows = np.concatenate([_pack(spec, episode) for episode in block])
-        except (ValueError, TypeError, IndexError) as error:
-            first_damaged(spec, block, source, done)
-            raise UserError(f"{source}, episodes from {done} on cannot be packed: {error}.") from error
-        lengths = np.array([len(e.reward) + 1 for e in block])
-        if not is_clean(spec, rows, np.cumsum(lengths) - 1):
-            first_damaged(spec, block, source, done)
-        yield rows, lengths, np.array([bool(e.terminal) for e in block])
-        done += len(block)
+def _meta(path: Path) -> dict[str, Any]:
+    meta = json.loads((path / "meta.json").read_text())
+    if meta["format"] != FORMAT:
+        raise UserError(f"it has format {meta['format']}, and this version reads {FORMAT}.")
+    if meta.pop("checksum") != _checksum(meta):
+        raise UserError("its meta.json differs from what was written.")
+    return meta
 
 
-def _pack(spec: Spec, episode: Episode) -> np.ndarray:
-    """The rows [T+1, W] of one episode; ValueError where its shapes do not fit."""
-    width, steps = spec.obs_width, len(episode.reward)
-    rows = np.zeros((steps + 1, width + spec.action_width + 1 + (episode.log_prob is not None)), dtype=np.float32)
-    parts = (episode.obs, episode.action, episode.reward, episode.log_prob)
-    shapes = ((steps + 1, width), (steps, spec.action_width), (steps,), (steps,))
-    if steps == 0 or any(x is not None and np.shape(x) != shape for x, shape in zip(parts, shapes, strict=True)):
-        raise ValueError("shapes do not fit")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and that is found out
-        rows[:, :width] = episode.obs
-        rows[:-1, width : width + spec.action_width] = episode.action
-        rows[:-1, width + spec.action_width] = episode.reward
-        if episode.log_prob is not None:
-            rows[:-1, -1] = episode.log_prob
-    return rows
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _write_files(folder: Path, spec: Spec, episodes: Iterable[Episode], source: str, info: Any) -> None:
+def _mapped(file: Path, dtype: type, shape: Sequence[int]) -> np.ndarray:
+    array = np.memmap(file, dtype, mode="c", shape=tuple(shape))
+    if file.stat().st_size != array.nbytes:
+        raise UserError(f"{file.name} is longer than it was written.")
+    return array
+
+
+def _noted(intake: Intake, info: dict[str, Any]) -> dict[str, Any]:
+    """`info` with what an intake noted; what is new to it is given as a DataWarning too."""
+    known = info.get("warnings", [])
+    told = [text for text in intake.warnings if text not in known]
+    out = info | ({"warnings": known + told} if known + told else {})
+    if intake.repair:
+        out["dropped"] = intake.dropped
+    if intake.dropped:
+        told.insert(0, f"left out {len(intake.dropped)} damaged episodes; the first: {intake.dropped[0]}")
+    for text in told:
+        warnings.warn(f"{intake.source}: {text}", DataWarning, stacklevel=4)
+    return out
+
+
+def _write_files(folder: Path, episodes: Iterable[Reading], intake: Intake, info: dict[str, Any]) -> None:
     digests = {name: hashlib.sha256() for name in FILES}
     offsets, terminal, columns = [np.zeros(1, dtype=np.int64)], [], 0
     with (folder / "rows.bin").open("wb") as row_file, (folder / "end.bin").open("wb") as end_file:
-        for rows, lengths, true_end in _blocks(spec, episodes, source):
+        for rows, lengths, true_end in intake.blocks(episodes):
             offsets.append(offsets[-1][-1] + np.cumsum(lengths))
             terminal.append(true_end)
             columns = rows.shape[1]
@@ -265,8 +263,6 @@ def _write_files(folder: Path, spec: Spec, episodes: Iterable[Episode], source: 
             for name, file, array in (("rows", row_file, rows), ("end", end_file, ends)):
                 file.write(array.tobytes())
                 digests[name].update(array.tobytes())
-        if not terminal:
-            raise UserError(f"{source} holds no episodes: there is nothing to train on.")
         for file in (row_file, end_file):
             file.flush()
             os.fsync(file.fileno())
@@ -277,5 +273,6 @@ def _write_files(folder: Path, spec: Spec, episodes: Iterable[Episode], source: 
     count = int(small["offsets"][-1])
     shapes = {"rows": [count, columns], "end": [count], **{name: [len(array)] for name, array in small.items()}}
     sha256 = {name: digest.hexdigest() for name, digest in digests.items()}
-    meta = {"format": FORMAT, "spec": spec.to_json(), "shapes": shapes, "sha256": sha256, "info": info or {}}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    meta = {"format": FORMAT, "spec": intake.spec.to_json(), "shapes": shapes, "sha256": sha256}
+    meta = json.loads(json.dumps(meta | {"info": _noted(intake, info)}))
+    (folder / "meta.json").write_text(json.dumps(meta | {"checksum": _checksum(meta)}, indent=1))

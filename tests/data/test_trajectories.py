@@ -99,5 +99,5 @@ def test_a_damaged_store_is_named(store: Trajectories, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot open .* Delete it and convert again"):
         Trajectories.open(tmp_path / "s")
     (tmp_path / "s" / "meta.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match="format 1, and this version reads 2"):
+    with pytest.raises(UserError, match="format 1, and this version reads 3"):
         Trajectories.open(tmp_path / "s")
