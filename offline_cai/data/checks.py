@@ -1,5 +1,6 @@
-"""What an episode has to be, and what is odd in many of them. Whoever reads data, from anywhere, passes it through here."""
+"""What an episode has to be, and what is odd in many. Whoever reads data, from anywhere, passes it through here."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -111,11 +112,17 @@ def oddities(numbers: np.ndarray, lengths: np.ndarray, terminal: np.ndarray, pri
     return found
 
 
+def some(noun: str, numbers: Sequence[int]) -> str:
+    """Numbered things in a few words: "episodes 3, 7, 9 and 12 more"."""
+    more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:3]))}{more}"
+
+
 def both_flags(both: int, terminals: int, cuts: int) -> list[str]:
     """The sentence about end flags that are copies of each other: `both` of so many ends carry the two."""
     if both < 2 or not both == terminals == cuts:
         return []
     return [
-        f"all {both} ends are flagged as true ends and as cut by time: one flag looks like a copy of the other. They are "
-        "taken as true ends; if they are not, clear that flag."
+        f"all {both} ends are flagged as true ends and as cut by time: one flag looks like a copy of the other. They "
+        "are taken as true ends; if they are not, clear that flag."
     ]

@@ -21,8 +21,9 @@ from minari.namespace import create_namespace, list_local_namespaces
 
 from offline_cai import config
 from offline_cai.core import Episode, Spec
-from offline_cai.data import minari_hdf5
+from offline_cai.data import minari_checks, minari_hdf5
 from offline_cai.data.cache import converted
+from offline_cai.data.intake import Reading
 from offline_cai.data.minari_hdf5 import RawEpisode
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import UserError, did_you_mean
@@ -54,20 +55,12 @@ def load(dataset_id: str) -> minari.MinariDataset:
     if not exists(dataset_id):
         raise UserError(_missing(dataset_id))
     try:
+        minari_checks.check_metadata(dataset_root() / dataset_id / "data")
         return minari.load_dataset(dataset_id)
-    except (PermissionError, MemoryError):
+    except (UserError, PermissionError):
         raise
     except Exception as error:  # Minari raises OSError, KeyError, JSONDecodeError, AssertionError and others
-        raise _damaged(dataset_id, error) from error
-
-
-def _damaged(dataset_id: str, error: Exception, episode: int | None = None) -> UserError:
-    where = "" if episode is None else f", episode {episode}"
-    return UserError(
-        f"the Minari dataset {dataset_id!r} in {dataset_root() / dataset_id}{where} cannot be read "
-        f"({type(error).__name__}: {' '.join(str(error).split()) or 'no further word'}). "
-        f"Its files are damaged: remove it with `minari delete {dataset_id}` and collect or download it again."
-    )
+        raise minari_checks.damaged(dataset_id, dataset_root() / dataset_id, error) from error
 
 
 def check_id(dataset_id: str) -> None:
@@ -118,70 +111,84 @@ def _online(seconds: float = 2.0) -> bool:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def trajectories(source: str | minari.MinariDataset) -> Trajectories:
+def trajectories(source: str | minari.MinariDataset, repair: bool = False) -> Trajectories:
     """The store of a Minari dataset: converted on first use, mapped afterwards.
 
     Args:
         source: an id, or a dataset that Minari's `filter_episodes` or `split_dataset` made: its episodes alone then.
+        repair: leave damaged episodes out; they are named in the store's `info["dropped"]`.
 
     Raises:
         UserError: the dataset is missing or damaged (dataset, episode, field and mend are named), or its spaces are of
             a kind that this version does not train on.
     """
     dataset, name = (load(source), source) if isinstance(source, str) else (source, source.spec.dataset_id)
-    numbers = dataset.episode_indices
-    if len(numbers) != dataset.storage.total_episodes:
+    numbers, folder = dataset.episode_indices, Path(dataset.storage.data_path).parent
+    whole = len(numbers) == dataset.storage.total_episodes
+    if not whole:
         name += f"-{len(numbers)}-episodes-{hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()[:8]}"
 
-    def read() -> tuple[Spec, Iterator[Episode]]:
-        spec = spec_of(dataset.observation_space, dataset.action_space, metadata(dataset).get("dt"))
-        return spec, _episodes(dataset, name)
+    def read() -> tuple[Spec, Iterator[Reading]]:
+        about = dataset.storage.metadata if whole else None
+        return _spec(dataset), minari_checks.readings(_raw_episodes(dataset), name, folder, about)
 
-    return converted(name, Path(dataset.storage.data_path).parent, read)
+    return converted(name, folder, read, repair)
+
+
+def _spec(dataset: minari.MinariDataset) -> Spec:
+    dt = metadata(dataset).get("dt")
+    if dt is not None and not (isinstance(dt, int | float) and 0 < dt < np.inf):
+        raise UserError(
+            f"dataset {dataset.id!r}: its metadata say dt is {dt!r}, not seconds per step. Mend or remove it."
+        )
+    return spec_of(dataset.observation_space, dataset.action_space, dt)
 
 
 def metadata(dataset: minari.MinariDataset) -> dict[str, Any]:
     """What `write` noted beside Minari's own metadata; empty for a dataset that others made."""
     note = dataset.storage.metadata.get("offline_cai", "{}")
-    return json.loads(note) if isinstance(note, str) else {}
+    try:
+        found = json.loads(note) if isinstance(note, str) else None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"dataset {dataset.id!r}: 'offline_cai' in its metadata is no JSON object. Mend or remove it.")
+    return found
 
 
-def _episodes(dataset: minari.MinariDataset, dataset_id: str) -> Iterator[Episode]:
-    iterator = _raw_episodes(dataset)
-    for number in dataset.episode_indices:
-        try:
-            raw = next(iterator)
-            ends = np.flatnonzero(raw.terminations | raw.truncations)
-        except (UserError, PermissionError, MemoryError):
-            raise
-        except Exception as error:  # h5py and Minari raise OSError, KeyError, ValueError, AssertionError and others
-            raise _damaged(dataset_id, error, number) from error
-        if len(ends) and ends[0] < len(raw.reward) - 1:
-            raise UserError(
-                f"dataset {dataset_id!r}, episode {number}: an end is flagged at step {ends[0]}, but the episode goes "
-                f"on to step {len(raw.reward) - 1}. Split it there."
-            )
-        yield Episode(raw.obs, raw.action, raw.reward, bool(len(ends) and raw.terminations[-1]))
-
-
-def _raw_episodes(dataset: minari.MinariDataset) -> Iterator[RawEpisode]:
-    """Episodes as Minari keeps them, a row of numbers for each observation and action."""
+def _raw_episodes(dataset: minari.MinariDataset) -> Iterator[RawEpisode | Exception]:
+    """Episodes as Minari keeps them, a row of numbers for each observation and action; an error in place of a bad one."""
     obs_space, action_space = dataset.observation_space, dataset.action_space
     path = Path(dataset.storage.data_path) / "main_data.hdf5"
     if path.is_file():
         names = _hdf5_names("observations", obs_space), _hdf5_names("actions", action_space)
         for raw in minari_hdf5.episodes(path, *names, dataset.episode_indices):
-            yield raw._replace(obs=one_hot(obs_space, raw.obs))
+            yield raw if isinstance(raw, Exception) else _with_choices(obs_space, raw)
         return
-    for e in dataset.iterate_episodes():
-        obs, action = flatten(obs_space, e.observations), components(action_space, e.actions)
-        yield RawEpisode(obs, action, e.rewards, e.terminations, e.truncations)
+    for number in dataset.episode_indices:
+        try:
+            (e,), (about,) = dataset.iterate_episodes([number]), dataset.storage.get_episode_metadata([number])
+            obs, action = flatten(obs_space, e.observations), components(action_space, e.actions)
+            flags = (np.asarray(flags, dtype=bool) for flags in (e.terminations, e.truncations))
+            yield RawEpisode(obs, action, np.asarray(e.rewards), *flags, about.get("total_steps"))
+        except Exception as error:  # Minari and Arrow raise OSError, KeyError, ValueError, ArrowInvalid and others
+            yield error
 
 
-def _hdf5_names(group: str, space: gym.Space) -> list[str]:
-    """The HDF5 datasets of a space's leaves, in the order of `spaces.leaves`, by Minari's rule for names."""
-    keys = ([f"_index_{key}" if isinstance(key, int) else key for key in leaf.path] for leaf in leaves(space))
-    return ["/".join([group, *path]) for path in keys]
+def _with_choices(obs_space: gym.Space, raw: RawEpisode) -> RawEpisode | Exception:
+    try:
+        return raw._replace(obs=one_hot(obs_space, raw.obs))
+    except ValueError as error:  # a choice that the space does not have
+        return error
+
+
+def _hdf5_names(group: str, space: gym.Space) -> dict[str, int]:
+    """The HDF5 datasets of a space's leaves, in the order of `spaces.leaves`, by Minari's rule for names; with widths."""
+    found = {}
+    for leaf in leaves(space):
+        path = [f"_index_{key}" if isinstance(key, int) else key for key in leaf.path]
+        found["/".join([group, *path])] = leaf.components
+    return found
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
