@@ -16,10 +16,24 @@ import numpy as np
 
 from offline_cai.core import Box, Episode, Field, Spec
 from offline_cai.data.cache import converted
+from offline_cai.data.checks import both_flags
 from offline_cai.data.d4rl_download import download
-from offline_cai.data.d4rl_file import REQUIRED, Arrays, check, cut_rows, locate, read, verified
+from offline_cai.data.d4rl_file import (
+    FIELDS,
+    REQUIRED,
+    Arrays,
+    check,
+    check_fields,
+    cut_rows,
+    first_not_finite,
+    locate,
+    not_finite,
+    read,
+    verified,
+)
+from offline_cai.data.intake import Reading
 from offline_cai.data.trajectories import Trajectories
-from offline_cai.errors import UserError
+from offline_cai.errors import DataWarning, UserError
 
 __all__ = ["download", "qlearning_dataset", "sequence_dataset", "trajectories", "write"]
 
@@ -27,7 +41,7 @@ LOG_PROB = "infos/action_log_probs"
 _SLICE = 1 << 16
 
 
-def trajectories(source: str | Path, *, max_episode_steps: int | None = None) -> Trajectories:
+def trajectories(source: str | Path, *, max_episode_steps: int | None = None, repair: bool = False) -> Trajectories:
     """The store of a D4RL file or of a D4RL dataset such as "hopper-medium-v2": converted once, mapped afterwards.
 
     An episode ends at a terminal, at a time-out, where `next_observations` do not go on as the next row (in D4RL's
@@ -39,6 +53,8 @@ def trajectories(source: str | Path, *, max_episode_steps: int | None = None) ->
         source: a path, or a name, whose file is downloaded if it is not in the cache.
         max_episode_steps: where a file without `timeouts` cuts episodes; by default D4RL's limit for the dataset that
             the file's name says.
+        repair: leave damaged episodes out: those with NaN, infinite numbers or actions out of bounds. What is wrong
+            with the whole file (a missing field, lengths that disagree, a flag that is not 0 or 1) stays an error.
 
     Raises:
         UserError: no such dataset or file; no network; a damaged file (file, field, row or episode, and mend).
@@ -46,12 +62,12 @@ def trajectories(source: str | Path, *, max_episode_steps: int | None = None) ->
     name, file = locate(source)
     key = f"d4rl/{name or file.stem}" + (f"-cut-at-{max_episode_steps}" if max_episode_steps is not None else "")
 
-    def convert() -> tuple[Spec, Iterator[Episode]]:
-        data = read(verified(name, file), (*REQUIRED, "timeouts", "next_observations", LOG_PROB))
-        check(data, str(file))
+    def convert() -> tuple[Spec, Iterator[Reading]]:
+        data = read(verified(name, file), (*FIELDS, LOG_PROB))
+        check_fields(data, str(file))
         return _spec(file, data), _episodes(data, name, max_episode_steps, str(file))
 
-    return converted(key, file, convert)
+    return converted(key, file, convert, repair)
 
 
 # Episodes -------------------------------------------------------------------------------------------------------------
@@ -74,17 +90,28 @@ def _spec(file: Path, data: Arrays) -> Spec:
     return Spec((Field("observation", obs),), Box((-1.0,) * action, (1.0,) * action))
 
 
-def _episodes(data: Arrays, name: str | None, limit: int | None, where: str) -> Iterator[Episode]:
+def _episodes(data: Arrays, name: str | None, limit: int | None, where: str) -> Iterator[Reading]:
     obs, action, following = data["observations"], data["actions"], data.get("next_observations")
     reward, terminal, rows = data["rewards"].reshape(-1), data["terminals"].reshape(-1) == 1, len(data["rewards"])
-    log_prob = data.get(LOG_PROB)
+    cut, bad, log_prob = cut_rows(data, terminal, name, limit, where, 0, 0), not_finite(data), data.get(LOG_PROB)
     if log_prob is not None:
         fits = log_prob.shape in ((rows,), (rows, 1)) and log_prob.dtype.kind == "f" and np.isfinite(log_prob).all()
         log_prob = log_prob.reshape(-1) if fits else None
-    end = terminal | cut_rows(data, terminal, name, limit, where, after_terminal=0, after_cut=0)
+        if not fits:
+            yield DataWarning(f"{LOG_PROB!r} are not used: they are not one finite number per row.")
+    end = terminal | cut
+    yield from _odd_flags(data, terminal, cut)
     if following is not None:
-        end |= _breaks(obs, following, end, where)
+        unflagged = _breaks(obs, following, end, bad, where)
+        end |= unflagged
+        if unflagged.any():
+            yield DataWarning(
+                f"{unflagged.sum()} of the episodes have no end flag, the first ends at row "
+                f"{np.flatnonzero(unflagged)[0]}, where 'next_observations' do not go on as the next row. They are "
+                "taken as cut by time."
+            )
     end[-1] = True
+    number = 0
     for start, stop in _spans(end):
         last, true_end = stop, bool(terminal[stop - 1])
         if following is not None:
@@ -95,7 +122,28 @@ def _episodes(data: Arrays, name: str | None, limit: int | None, where: str) -> 
             states, last = obs[start:stop], stop - 1
         if last > start:
             logs = None if log_prob is None else log_prob[start:last]
-            yield Episode(states, action[start:last], reward[start:last], true_end, logs)
+            if bad[start:stop].any():
+                yield UserError(first_not_finite(data, f"{where}, episode {number}", slice(start, stop)))
+            else:
+                yield Episode(states, action[start:last], reward[start:last], true_end, logs)
+            number += 1
+
+
+def _odd_flags(data: Arrays, terminal: np.ndarray, cut: np.ndarray) -> Iterator[DataWarning]:
+    """What is odd in the end flags of a file."""
+    if not (terminal | cut).any():
+        yield DataWarning(f"no end is flagged in any of its {len(terminal)} rows.")
+    for text in both_flags(int((terminal & cut).sum()), int(terminal.sum()), int(cut.sum())):
+        yield DataWarning(text)
+    if "next_observations" in data:
+        obs, following = data["observations"], data["next_observations"]
+        goes_on = (following[:-1] == obs[1:]).all(axis=1) & (following[:-1] != obs[:-1]).any(axis=1) & terminal[:-1]
+        if goes_on.any():
+            yield DataWarning(
+                f"{goes_on.sum()} of {terminal.sum()} terminals are in the middle, the first at row "
+                f"{np.flatnonzero(goes_on)[0]}: the row after goes on from their next observation. Clear such flags if "
+                "the episode does not end there."
+            )
 
 
 def _spans(end: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -104,11 +152,11 @@ def _spans(end: np.ndarray) -> Iterator[tuple[int, int]]:
     return zip([0, *stops[:-1]], stops, strict=True) if stops else iter(())
 
 
-def _breaks(obs: np.ndarray, following: np.ndarray, end: np.ndarray, where: str) -> np.ndarray:
-    """Rows [N] bool inside an episode whose next observation is not the observation of the row after."""
+def _breaks(obs: np.ndarray, following: np.ndarray, end: np.ndarray, bad: np.ndarray, where: str) -> np.ndarray:
+    """Rows [N] bool inside an episode whose next observation is not the observation of the row after; not at bad rows."""
     broken = np.zeros_like(end)
     same = np.isclose(following[:-1], obs[1:], rtol=1e-5, atol=1e-5).all(axis=1)
-    broken[:-1] = ~same & ~end[:-1]
+    broken[:-1] = ~same & ~end[:-1] & ~bad[:-1] & ~bad[1:]
     inside = int((~end[:-1]).sum())
     if broken.sum() > inside / 2:
         raise UserError(

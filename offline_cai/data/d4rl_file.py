@@ -8,10 +8,12 @@ import h5py
 import numpy as np
 
 from offline_cai.data.d4rl_download import download, entry, file_of, name_of, table
+from offline_cai.data.hdf5 import room
 from offline_cai.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 REQUIRED = ("observations", "actions", "rewards", "terminals")
+FIELDS = (*REQUIRED, "timeouts", "next_observations")
 
 
 def locate(source: str | Path) -> tuple[str | None, Path]:
@@ -38,6 +40,8 @@ def read(file: Path, wanted: tuple[str, ...] | None = None) -> Arrays:
         with h5py.File(file, "r") as root:
             root.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
             names = [name for name in names if (name in wanted if wanted else "metadata" not in name)]
+            for name in names:
+                room(root[name].id)
             return {name: root[name][()] for name in names}
     except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, ValueError and others
         raise UserError(
@@ -48,6 +52,35 @@ def read(file: Path, wanted: tuple[str, ...] | None = None) -> Arrays:
 
 def check(data: Mapping[str, np.ndarray], where: str) -> None:
     """Raise a UserError that names field, row and mend unless the arrays are what D4RL's readers take for granted."""
+    check_fields(data, where)
+    if not_finite(data).any():
+        raise UserError(first_not_finite(data, where))
+
+
+def not_finite(data: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Rows [N] bool in which a checked field holds NaN or an infinite number."""
+    bad = np.zeros(len(data["rewards"]), dtype=bool)
+    for name in FIELDS:
+        if name in data and data[name].dtype.kind == "f":
+            bad |= ~np.isfinite(data[name].reshape(len(bad), -1)).all(axis=1)
+    return bad
+
+
+def first_not_finite(data: Mapping[str, np.ndarray], where: str, rows: slice = slice(None)) -> str:
+    """The sentence about the first number in these rows that is not finite; there has to be one."""
+    for name in FIELDS:
+        bad = np.argwhere(~np.isfinite(data[name][rows])) if name in data else np.empty(0)
+        if len(bad):
+            value, row = data[name][rows][tuple(bad[0])], range(len(data["rewards"]))[rows][bad[0][0]]
+            return (
+                f"{where}: {name!r} hold {value} at row {row} ({len(bad)} such numbers in all). Download the file "
+                "again, or drop the episode of this row."
+            )
+    raise AssertionError("all numbers are finite")
+
+
+def check_fields(data: Mapping[str, np.ndarray], where: str) -> None:
+    """Raise a UserError unless the fields are there, fit each other and hold numbers, and flags are 0 or 1."""
     for name in REQUIRED:
         if name not in data:
             held = ", ".join(sorted(data)) or "nothing"
@@ -55,7 +88,7 @@ def check(data: Mapping[str, np.ndarray], where: str) -> None:
     rows = np.shape(data["rewards"])[0] if np.ndim(data["rewards"]) else 0
     if not rows:
         raise UserError(f"{where}: 'rewards' hold no rows: there is nothing to read.")
-    for name in (*REQUIRED, "timeouts", "next_observations"):
+    for name in FIELDS:
         array = data.get(name)
         if array is None:
             continue
@@ -67,12 +100,6 @@ def check(data: Mapping[str, np.ndarray], where: str) -> None:
             )
         if array.dtype.kind not in "biuf":
             raise UserError(f"{where}: {name!r} hold {array.dtype}, not numbers. Convert or download it again.")
-        bad = np.argwhere(~np.isfinite(array))
-        if len(bad):
-            raise UserError(
-                f"{where}: {name!r} hold {array[tuple(bad[0])]} at row {bad[0][0]} ({len(bad)} such numbers in all). "
-                "Download the file again, or drop the episodes of these rows."
-            )
         if name in ("terminals", "timeouts") and (wrong := np.flatnonzero((array != 0) & (array != 1))).size:
             raise UserError(
                 f"{where}: {name!r} hold {array.flat[wrong[0]]} at row {wrong[0]}, but a flag is 0 or 1. Mend that row."

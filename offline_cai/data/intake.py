@@ -100,7 +100,7 @@ class Intake:
 
     def _drop(self, error: UserError) -> None:
         if not self.repair:
-            raise error
+            raise UserError(f"{error} `offline-cai data convert --repair` leaves damaged episodes out.")
         self.dropped.append(str(error))
 
 
