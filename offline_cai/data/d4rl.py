@@ -153,7 +153,7 @@ def _spans(end: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _breaks(obs: np.ndarray, following: np.ndarray, end: np.ndarray, bad: np.ndarray, where: str) -> np.ndarray:
-    """Rows [N] bool inside an episode whose next observation is not the observation of the row after; not at bad rows."""
+    """Rows [N] bool inside an episode, and not bad, whose next observation is not that of the row after."""
     broken = np.zeros_like(end)
     same = np.isclose(following[:-1], obs[1:], rtol=1e-5, atol=1e-5).all(axis=1)
     broken[:-1] = ~same & ~end[:-1] & ~bad[:-1] & ~bad[1:]
