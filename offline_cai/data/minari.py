@@ -157,7 +157,7 @@ def metadata(dataset: minari.MinariDataset) -> dict[str, Any]:
 
 
 def _raw_episodes(dataset: minari.MinariDataset) -> Iterator[RawEpisode | Exception]:
-    """Episodes as Minari keeps them, a row of numbers for each observation and action; an error in place of a bad one."""
+    """Episodes as Minari keeps them, a row of numbers for each observation and action; errors in place of bad ones."""
     obs_space, action_space = dataset.observation_space, dataset.action_space
     path = Path(dataset.storage.data_path) / "main_data.hdf5"
     if path.is_file():
@@ -169,8 +169,8 @@ def _raw_episodes(dataset: minari.MinariDataset) -> Iterator[RawEpisode | Except
         try:
             (e,), (about,) = dataset.iterate_episodes([number]), dataset.storage.get_episode_metadata([number])
             obs, action = flatten(obs_space, e.observations), components(action_space, e.actions)
-            flags = (np.asarray(flags, dtype=bool) for flags in (e.terminations, e.truncations))
-            yield RawEpisode(obs, action, np.asarray(e.rewards), *flags, about.get("total_steps"))
+            reward, terminations, truncations = (np.asarray(x) for x in (e.rewards, e.terminations, e.truncations))
+            yield RawEpisode(obs, action, reward, terminations, truncations, about.get("total_steps"))
         except Exception as error:  # Minari and Arrow raise OSError, KeyError, ValueError, ArrowInvalid and others
             yield error
 
@@ -183,7 +183,7 @@ def _with_choices(obs_space: gym.Space, raw: RawEpisode) -> RawEpisode | Excepti
 
 
 def _hdf5_names(group: str, space: gym.Space) -> dict[str, int]:
-    """The HDF5 datasets of a space's leaves, in the order of `spaces.leaves`, by Minari's rule for names; with widths."""
+    """The HDF5 datasets of a space's leaves by Minari's rule for names, in the order of `spaces.leaves`; their widths."""
     found = {}
     for leaf in leaves(space):
         path = [f"_index_{key}" if isinstance(key, int) else key for key in leaf.path]
