@@ -183,7 +183,7 @@ def _with_choices(obs_space: gym.Space, raw: RawEpisode) -> RawEpisode | Excepti
 
 
 def _hdf5_names(group: str, space: gym.Space) -> dict[str, int]:
-    """The HDF5 datasets of a space's leaves by Minari's rule for names, in the order of `spaces.leaves`; their widths."""
+    """Names, by Minari's rule, and widths of the HDF5 datasets of a space's leaves, in the order of `spaces.leaves`."""
     found = {}
     for leaf in leaves(space):
         path = [f"_index_{key}" if isinstance(key, int) else key for key in leaf.path]

@@ -105,8 +105,8 @@ def _problem(raw: RawEpisode) -> str | None:
             "lost. Drop it, or collect or download the dataset again."
         )
     for name, flags in (("terminations", raw.terminations), ("truncations", raw.truncations)):
-        if flags.shape != (steps,):
-            return f"{name!r} have shape {flags.shape} beside {steps} rewards. Drop it."
+        if flags.shape != (steps,) or flags.dtype != bool:
+            return f"{name!r} are {flags.dtype} of shape {flags.shape} beside {steps} rewards. Drop it."
     ends = np.flatnonzero(raw.terminations | raw.truncations)
     if len(ends) and ends[0] < steps - 1:
         return f"an end is flagged at step {ends[0]}, but the episode goes on to step {steps - 1}. Split it there."
