@@ -114,7 +114,8 @@ def data(action: str, name: str | None, picture: Path | None = None) -> dict[str
     assert name is not None
     if action == "validate":
         store = catalogue.validate(name)
-        return {"dataset": name, "valid": True, "episodes": store.num_episodes, "steps": store.num_steps}
+        found = {"dataset": name, "valid": True, "episodes": store.num_episodes, "steps": store.num_steps}
+        return found | {"warnings": store.info.get("warnings", [])}
     store = catalogue.trajectories(name)
     if picture is not None:
         if picture.exists():

@@ -54,6 +54,8 @@ def table(facts: dict[str, Any]) -> str:
     for name, value in facts.items():
         if name == "observation":
             lines += [f"{f'  {field}':28} {_range(r)}" for field, r in value.items()]
+        elif name in ("warnings", "dropped"):
+            lines += [f"{name:28} {sentence}" for sentence in value or ["none"]]
         elif name == "action":
             lines.append(f"{'  action':28} {_range(value)}")
         else:
