@@ -19,8 +19,8 @@ def is_d4rl(name: str) -> bool:
 def trajectories(name: str, repair: bool = False) -> Trajectories:
     """The store of a dataset: converted on first use, mapped afterwards.
 
-    `repair` leaves damaged episodes out, as `info["dropped"]` says. That is a store of its own: whoever asks without gets
-    the error.
+    `repair` leaves damaged episodes out, and `info["dropped"]` says which and why. That makes a store of its own:
+    whoever asks without gets the error.
 
     Raises:
         UserError: it is not there (how to get it), or it is damaged (file, episode, field and mend).

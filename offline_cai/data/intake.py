@@ -22,15 +22,19 @@ class Intake:
 
     Attributes:
         warnings: what is odd in the data, a sentence each; complete after the last block.
-        dropped: what is wrong with each episode that was left out, a sentence each.
     """
 
     def __init__(self, spec: Spec, source: str, repair: bool = False) -> None:
         self.spec, self.source, self.repair = spec, source, repair
         self.warnings: list[str] = []
-        self.dropped: list[str] = []
+        self._dropped: dict[int, str] = {}
         self._read = 0  # episodes, damaged ones included
         self._logged: bool | None = None  # whether they have log-probabilities
+
+    @property
+    def dropped(self) -> list[str]:
+        """What is wrong with each episode that was left out, a sentence each, in their order."""
+        return [self._dropped[number] for number in sorted(self._dropped)]
 
     def blocks(self, readings: Iterable[Reading]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Packed rows [n, W], lengths in rows [e] and true ends [e] of up to BLOCK episodes at a time.
@@ -63,7 +67,7 @@ class Intake:
                 self.warnings.append(str(reading))
                 continue
             if isinstance(reading, UserError):
-                self._drop(reading)
+                self._drop(self._read, reading)
             else:
                 self._same_kind(reading)
                 yield self._read, reading
@@ -94,14 +98,14 @@ class Intake:
         try:
             check_episode(self.spec, episode, f"{self.source}, episode {number}")
         except UserError as error:
-            self._drop(error)
+            self._drop(number, error)
             return False
         return True
 
-    def _drop(self, error: UserError) -> None:
+    def _drop(self, number: int, error: UserError) -> None:
         if not self.repair:
             raise UserError(f"{error} `offline-cai data convert --repair` leaves damaged episodes out.")
-        self.dropped.append(str(error))
+        self._dropped[number] = str(error)
 
 
 def _pack(spec: Spec, episode: Episode) -> np.ndarray:
