@@ -139,7 +139,7 @@ def _spec(dataset: minari.MinariDataset) -> Spec:
     dt = metadata(dataset).get("dt")
     if dt is not None and not (isinstance(dt, int | float) and 0 < dt < np.inf):
         raise UserError(
-            f"dataset {dataset.id!r}: its metadata say dt is {dt!r}, not seconds per step. Mend or remove it."
+            f"{_metadata_file(dataset)}: in 'offline_cai', dt is {dt!r}, not seconds per step. Mend or remove it."
         )
     return spec_of(dataset.observation_space, dataset.action_space, dt)
 
@@ -152,8 +152,12 @@ def metadata(dataset: minari.MinariDataset) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"dataset {dataset.id!r}: 'offline_cai' in its metadata is no JSON object. Mend or remove it.")
+        raise UserError(f"{_metadata_file(dataset)}: 'offline_cai' is no JSON object. Mend or remove it.")
     return found
+
+
+def _metadata_file(dataset: minari.MinariDataset) -> Path:
+    return Path(dataset.storage.data_path) / "metadata.json"
 
 
 def _raw_episodes(dataset: minari.MinariDataset) -> Iterator[RawEpisode | Exception]:

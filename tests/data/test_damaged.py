@@ -1,0 +1,325 @@
+"""A corpus of damaged datasets: none of them gets through in silence, and repair leaves out what is damaged alone."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import pytest
+from minari.data_collector import EpisodeBuffer
+
+from offline_cai.core import Box, Episode, Field, Spec
+from offline_cai.data import catalogue, d4rl
+from offline_cai.data.cache import cache_root
+from offline_cai.data.trajectories import Trajectories, verify
+from offline_cai.errors import DataWarning, UserError
+
+LENGTHS, TERMINAL = (5, 3, 6, 4), (True, False, True, False)
+SPACES = gym.spaces.Dict(a=gym.spaces.Box(-9, 9, (2,)), b=gym.spaces.Box(-9, 9, (1,))), gym.spaces.Box(-1, 1, (2,))
+
+
+class Damage(NamedTuple):
+    """What is done to a sound dataset, and what has to be said about it."""
+
+    name: str
+    do: Callable[[Path], None]  # to the HDF5 file or the folder of the store
+    words: str  # a pattern in the error, or in the warning
+    warning: bool = False
+    left: tuple[int, ...] = ()  # episodes after repair; none: repair refuses too
+
+
+def hdf5(change: Callable[[h5py.File], object]) -> Callable[[Path], None]:
+    def do(path: Path) -> None:
+        with h5py.File(path, "a") as file:
+            change(file)
+
+    return do
+
+
+def metadata(**changes: object) -> Callable[[Path], None]:
+    def do(path: Path) -> None:
+        file = path.parent / "metadata.json"
+        about = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({name: value for name, value in about.items() if value is not None}))
+
+    return do
+
+
+def at(name: str, index: object, value: float) -> Callable[[Path], None]:
+    return hdf5(lambda file: file[name].__setitem__(index, value))
+
+
+def new(name: str, data: object) -> Callable[[Path], None]:
+    """Another dataset in the place of one; None: nothing."""
+
+    def change(file: h5py.File) -> None:
+        if name in file:
+            del file[name]
+        if data is not None:
+            file[name] = data
+
+    return hdf5(change)
+
+
+def every_end_carries_both(file: h5py.File) -> None:
+    for episode in file.values():
+        episode["terminations"][-1] = episode["truncations"][-1] = True
+
+
+def a_time_limit_as_true_ends(file: h5py.File) -> None:
+    for episode in file.values():
+        episode["terminations"][-1], episode["truncations"][-1] = True, False
+        episode.attrs["total_steps"] = 3
+        for name in ("actions", "rewards", "terminations", "truncations", "observations/a", "observations/b"):
+            kept = episode[name][-4 if name.startswith("obs") else -3 :]
+            del episode[name]
+            episode[name] = kept
+
+
+def never_written(file: h5py.File) -> None:
+    del file["episode_2/rewards"]
+    file.create_dataset("episode_2/rewards", (6,), dtype=float)
+
+
+def cut_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def again(file: h5py.File) -> None:
+    del file["episode_3"]
+    file.copy("episode_0", "episode_3")
+
+
+MINARI = [
+    Damage("nan", at("episode_1/observations/a", (2, 0), np.nan), "episode 1: observations hold nan", left=(0, 2, 3)),
+    Damage("infinite", at("episode_2/rewards", 1, np.inf), "episode 2: rewards hold inf at row 1", left=(0, 1, 3)),
+    Damage(
+        "action out of range", at("episode_0/actions", (1, 1), 1.5), "episode 0: action 1.5 .*row 1", left=(1, 2, 3)
+    ),
+    Damage("fewer actions", new("episode_1/actions", np.zeros((2, 2))), "episode 1: 2 actions for 3", left=(0, 2, 3)),
+    Damage("fewer states", new("episode_1/observations/b", np.zeros((3, 1))), "episode 1 cannot be", left=(0, 2, 3)),
+    Damage("width", new("episode_1/observations/b", np.zeros((4, 2))), "episode 1 .*'observations/b'", left=(0, 2, 3)),
+    Damage("no end flag", at("episode_1/truncations", -1, False), "episode 1 without an end flag", warning=True),
+    Damage(
+        "all terminal", at("episode_2/terminations", slice(None), True), "episode 2: an end .*step 0", left=(0, 1, 3)
+    ),
+    Damage("end in the middle", at("episode_2/truncations", 3, True), "episode 2: an end .*step 3", left=(0, 1, 3)),
+    Damage(
+        "both end flags", hdf5(every_end_carries_both), "all 4 ends are flagged as true ends and as cut", warning=True
+    ),
+    Damage("time limit as end", hdf5(a_time_limit_as_true_ends), "4 of 4 .*after exactly 3 steps", warning=True),
+    Damage("wrong step count", metadata(total_steps=17), "counts 17 steps, and its episodes hold 18", warning=True),
+    Damage("counted too few", metadata(total_episodes=3, total_steps=14), "counts 3 episodes, and 4", warning=True),
+    Damage("counted too many", metadata(total_episodes=5), "episode 4 cannot be read .*episode_4", left=(0, 1, 2, 3)),
+    Damage("counted far too many", metadata(total_episodes=10**12), "counts 1000000000000 episodes, but only 4"),
+    Damage("no count", metadata(total_steps="18"), r"metadata\.json: 'total_steps' is '18', not a count"),
+    Damage(
+        "lost steps",
+        hdf5(lambda f: f["episode_0"].attrs.update(total_steps=9)),
+        "episode 0: .*counts 9",
+        left=(1, 2, 3),
+    ),
+    Damage("lost episode", hdf5(lambda f: f.pop("episode_2")), "episode 2 cannot be read .*episode_2", left=(0, 1, 3)),
+    Damage("duplicate", hdf5(again), "1 of 4 episodes repeat .*episode 3, which is episode 0 again", warning=True),
+    Damage("missing field", new("episode_3/rewards", None), "episode 3 cannot be read .*rewards", left=(0, 1, 2)),
+    Damage("text as numbers", new("episode_3/actions", [b"left"] * 4), "episode 3 cannot be read", left=(0, 1, 2)),
+    Damage("flags beside steps", new("episode_3/terminations", [False]), "episode 3: 'terminations'", left=(0, 1, 2)),
+    Damage(
+        "no flags", new("episode_3/terminations", [0.5] * 4), "episode 3 .*'terminations' hold other", left=(0, 1, 2)
+    ),
+    Damage("no steps", new("episode_3/rewards", np.zeros(0)), "episode 3: .*there are no steps", left=(0, 1, 2)),
+    Damage("never written", hdf5(never_written), "episode 2 cannot be read .*were ever written", left=(0, 1, 3)),
+    Damage("truncated file", cut_file, r"cannot be read .*minari delete"),
+    Damage("empty file", lambda path: path.write_bytes(b""), "cannot be read .*minari delete"),
+    Damage(
+        "bad JSON", lambda path: (path.parent / "metadata.json").write_text('{"a": '), r"metadata\.json cannot be read"
+    ),
+    Damage("missing key", metadata(data_format=None), r"metadata\.json should hold .*data_format"),
+    Damage("no space", metadata(action_space="{}"), "cannot be read"),
+    Damage("no environment", metadata(env_spec="{"), "cannot be read"),
+    Damage("bad note", metadata(offline_cai="[]"), "'offline_cai' is no JSON object"),
+]
+
+
+def write_minari(folder: Path, episodes: list[Episode]) -> Path:
+    buffers = []
+    for obs, act, reward, terminal, _ in episodes:
+        last = np.arange(len(reward)) == len(reward) - 1
+        parts = {"a": obs[:, :2], "b": obs[:, 2:]}
+        buffers.append(EpisodeBuffer(None, None, None, parts, act, reward, last & terminal, last & (not terminal)))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("MINARI_DATASETS_PATH", str(folder))
+        warnings.simplefilter("ignore", UserWarning)  # Minari asks for an e-mail address, among others
+        minari.create_dataset_from_buffers("own/y-v0", buffers, observation_space=SPACES[0], action_space=SPACES[1])
+    return folder / "own" / "y-v0" / "data" / "main_data.hdf5"
+
+
+def no_flags(file: h5py.File) -> None:
+    file["terminals"][:] = file["timeouts"][:] = False
+    del file["next_observations"]
+
+
+def twice(file: h5py.File) -> None:
+    for name in ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts", d4rl.LOG_PROB):
+        rows = file[name][()]
+        del file[name]
+        file[name] = np.concatenate([rows, rows[:5]])
+
+
+D4RL = [
+    Damage("nan", at("observations", (6, 1), np.nan), "episode 1: 'observations' hold nan at row 6", left=(0, 2, 3)),
+    Damage("nan afterwards", at("next_observations", (6, 0), np.nan), "episode 1: 'next_observations'", left=(0, 2, 3)),
+    Damage("infinite", at("rewards", 0, -np.inf), "episode 0: 'rewards' hold -inf at row 0", left=(1, 2, 3)),
+    Damage("action out of range", at("actions", (16, 1), -2), "episode 3: action -2 .*row 2", left=(0, 1, 2)),
+    Damage("missing field", new("terminals", None), "has no 'terminals'"),
+    Damage("lengths", new("actions", np.zeros((17, 2))), r"'actions' have shape \(17, 2\) beside 18 rows"),
+    Damage("next width", new("next_observations", np.zeros((18, 2))), r"'next_observations' have shape \(18, 2\)"),
+    Damage("text as numbers", new("rewards", np.array([b"1"] * 18)), r"'rewards' hold \|S1, not numbers"),
+    Damage("no rows", new("rewards", np.zeros(0)), "'rewards' hold no rows"),
+    Damage("no flags", new("terminals", np.arange(18)), "'terminals' hold 2 at row 2, but a flag is 0 or 1"),
+    Damage("no end flagged", hdf5(no_flags), "no end is flagged in any of its 18 rows", warning=True),
+    Damage(
+        "both end flags", hdf5(lambda f: f["timeouts"].write_direct(f["terminals"][()])), "all 2 ends", warning=True
+    ),
+    Damage("no time-out flag", at("timeouts", 7, False), "1 of the episodes .*no end flag, .*row 7", warning=True),
+    Damage("end in the middle", at("terminals", 2, True), "1 of 3 terminals are in the middle, .*row 2", warning=True),
+    Damage("all terminal", at("terminals", slice(None), True), "14 of 18 terminals are in the middle", warning=True),
+    Damage(
+        "shuffled", hdf5(lambda f: f["observations"].write_direct(f["observations"][()][::-1].copy())), "are shuffled"
+    ),
+    Damage("duplicate", hdf5(twice), "1 of 5 episodes repeat .*episode 4, which is episode 0 again", warning=True),
+    Damage("log-probabilities", at(d4rl.LOG_PROB, 3, np.nan), "'infos/action_log_probs' are not used", warning=True),
+    Damage(
+        "never written", hdf5(lambda f: (f.pop("rewards"), f.create_dataset("rewards", (18,)))), "were ever written"
+    ),
+    Damage("bad spec", hdf5(lambda f: f.attrs.update(offline_cai="{")), "'offline_cai'"),
+    Damage("truncated file", cut_file, "cannot be read as HDF5"),
+    Damage("another file", lambda path: path.write_text("<html>"), "cannot be read as HDF5"),
+]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same episodes as a Minari dataset and as a D4RL file."""
+    rng, episodes = np.random.default_rng(0), []
+    for steps, terminal in zip(LENGTHS, TERMINAL, strict=True):
+        obs, act = rng.normal(size=(steps + 1, 3)), rng.uniform(-1, 1, (steps, 2))
+        episodes.append(Episode(obs, act, rng.normal(size=steps), terminal, rng.normal(size=steps)))
+    folder = tmp_path_factory.mktemp("sound")
+    write_minari(folder, episodes)
+    spec = Spec((Field("observation", 3),), Box((-1.0, -1.0), (1.0, 1.0)))
+    d4rl.write(folder / "own.hdf5", Trajectories.from_episodes(spec, episodes))
+    return folder
+
+
+@pytest.fixture
+def copy(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to damage; what is converted goes to a cache of its own."""
+    monkeypatch.setenv("OFFLINE_CAI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
+    return Path(shutil.copytree(sound, tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [pytest.param("minari", damage, id=f"minari-{damage.name}") for damage in MINARI]
+    + [pytest.param("d4rl", damage, id=f"d4rl-{damage.name}") for damage in D4RL],
+)
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_no_damage_is_silent(kind: str, damage: Damage, copy: Path, recwarn: pytest.WarningsRecorder) -> None:
+    named = copy / ("own/y-v0" if kind == "minari" else "own.hdf5")
+    name = "own/y-v0" if kind == "minari" else str(named)
+    before = [Episode(*map(np.array, episode)) for episode in catalogue.trajectories(name).episodes()]
+    assert not [one for one in recwarn if issubclass(one.category, DataWarning)]
+    damage.do(named / "data" / "main_data.hdf5" if kind == "minari" else named)
+    if damage.warning:
+        with pytest.warns(DataWarning, match=damage.words) as given:
+            store = catalogue.trajectories(name)
+        assert str(given[0].message).startswith(f"dataset {store.info['dataset']!r} ({named}): ")
+        assert [str(one.message).partition("): ")[2] for one in given] == store.info["warnings"]
+        return
+    with pytest.raises(UserError, match=damage.words) as error:
+        catalogue.validate(name)
+    assert str(named) in str(error.value)
+    if not damage.left:
+        with pytest.raises(UserError, match=damage.words):
+            catalogue.trajectories(name, repair=True)
+        return
+    repaired = catalogue.trajectories(name, repair=True)
+    for ours, number in zip(repaired.episodes(), damage.left, strict=True):
+        for one, other in zip(ours, before[number], strict=True):
+            assert np.array_equal(one, other), "nothing else is changed"
+    (dropped,) = {0, 1, 2, 3, 4 if "too many" in damage.name else 0} - {*damage.left}
+    assert len(repaired.info["dropped"]) == 1 and f"episode {dropped}" in repaired.info["dropped"][0]
+    with pytest.raises(UserError, match=damage.words):
+        catalogue.trajectories(name)
+
+
+def flip(name: str, byte: int) -> Callable[[Path], None]:
+    def do(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[byte] ^= 1
+        (folder / name).write_bytes(data)
+
+    return do
+
+
+STORE = [
+    *(
+        Damage(f"a bit of {name}", flip(f"{name}.bin", 9), rf"{name}\.bin differs")
+        for name in ("rows", "offsets", "end")
+    ),
+    Damage("a bit of terminal", flip("terminal.bin", 1), r"terminal\.bin differs"),
+    Damage(
+        "a digit of meta",
+        lambda s: (s / "meta.json").write_text((s / "meta.json").read_text().replace("0.5", "0.6")),
+        r"meta\.json differs",
+    ),
+    Damage("bad JSON", lambda s: (s / "meta.json").write_text("{"), "cannot open"),
+    Damage("deep JSON", lambda s: (s / "meta.json").write_text("[" * 10**5), "cannot open"),
+    Damage("no key", lambda s: (s / "meta.json").write_text('{"format": 3}'), "cannot open"),
+    Damage("shorter", lambda s: (s / "rows.bin").write_bytes((s / "rows.bin").read_bytes()[:-4]), "cannot open"),
+    Damage(
+        "longer", lambda s: (s / "end.bin").write_bytes((s / "end.bin").read_bytes() * 2), "longer than it was written"
+    ),
+    Damage("a missing file", lambda s: (s / "terminal.bin").unlink(), "cannot open .*terminal"),
+]
+
+
+@pytest.mark.parametrize("damage", [pytest.param(damage, id=damage.name) for damage in STORE])
+def test_no_damage_of_a_store_is_silent(damage: Damage, store: Trajectories, tmp_path: Path) -> None:
+    store.save(tmp_path / "s", {"share": 0.5})
+    verify(tmp_path / "s")
+    damage.do(tmp_path / "s")
+    with pytest.raises(UserError, match=damage.words) as error:
+        verify(tmp_path / "s")
+    assert str(tmp_path / "s") in str(error.value)
+
+
+def test_repair_refuses_to_leave_nothing(copy: Path) -> None:
+    at("rewards", slice(None), np.nan)(copy / "own.hdf5")
+    with pytest.raises(UserError, match=r"each of its 4 episodes is damaged.*episode 0: 'rewards' hold nan at row 0"):
+        catalogue.trajectories(str(copy / "own.hdf5"), repair=True)
+    assert not list((cache_root() / "stores").glob("*/*")), "nothing is kept of a refused dataset"
+
+
+def test_episodes_of_anyone_are_checked_for_type_too(store: Trajectories) -> None:
+    sound = store.episode(0)
+    bad = [
+        sound._replace(reward=np.array(["1"] * 5)),
+        sound._replace(obs=sound.obs.astype(complex)),
+        sound._replace(action=[[1.0, 2.0], [1.0]]),
+        sound._replace(reward=None),
+    ]
+    for episode in bad:
+        with pytest.raises(UserError, match="the data, episode 1: .*(not numbers|different lengths)"):
+            Trajectories.from_episodes(store.spec, [sound, episode])
+    with pytest.warns(DataWarning, match="left out 4 damaged episodes; the first: the data, episode 0: rewards hold"):
+        left = Trajectories.from_episodes(store.spec, [*bad, sound, store.episode(1)], repair=True)
+    assert left.lengths.tolist() == [5, 1] and len(left.info["dropped"]) == 4
