@@ -318,7 +318,7 @@ def test_episodes_of_anyone_are_checked_for_type_too(store: Trajectories) -> Non
         sound._replace(reward=None),
     ]
     for episode in bad:
-        with pytest.raises(UserError, match="the data, episode 1: .*(not numbers|different lengths)"):
+        with pytest.raises(UserError, match=r"the data, episode 1: .*(not numbers|different lengths)"):
             Trajectories.from_episodes(store.spec, [sound, episode])
     with pytest.warns(DataWarning, match="left out 4 damaged episodes; the first: the data, episode 0: rewards hold"):
         left = Trajectories.from_episodes(store.spec, [*bad, sound, store.episode(1)], repair=True)
