@@ -84,7 +84,7 @@ def _spec(file: Path, data: Arrays) -> Spec:
         with h5py.File(file, "r") as root:
             if "offline_cai" in root.attrs:
                 return Spec.from_json(json.loads(root.attrs["offline_cai"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # h5py and what parses raise OSError, RuntimeError, KeyError, TypeError and others
         raise UserError(f"{file}: its attribute 'offline_cai' is no spec ({error}). Remove the attribute.") from error
     obs, action = data["observations"].shape[1], data["actions"].shape[1]
     return Spec((Field("observation", obs),), Box((-1.0,) * action, (1.0,) * action))

@@ -14,6 +14,9 @@ from h5py import h5a, h5d, h5f, h5g, h5s, h5t
 
 from offline_cai.data.hdf5 import room
 
+BOOLEAN = h5t.py_create(np.dtype(bool))  # HDF5 knows none: h5py's enumeration of FALSE and TRUE
+NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)  # what HDF5 converts; of a complex number it would drop a part
+
 
 class RawEpisode(NamedTuple):
     """One episode as Minari keeps it, the leaves of its spaces side by side."""
@@ -42,57 +45,77 @@ def episodes(
     Raises:
         OSError: the file cannot be opened.
     """
+    obs_parts, action_parts = ({_Numbers(name): width for name, width in parts.items()} for parts in (obs, action))
+    reward = _Numbers("rewards")
     file = h5f.open(str(path).encode(), h5f.ACC_RDONLY)
     for number in numbers:
         try:
-            yield _episode(h5g.open(file, f"episode_{number}".encode()), obs, action)
+            group = h5g.open(file, f"episode_{number}".encode())
+            yield RawEpisode(
+                _side_by_side(group, obs_parts),
+                _side_by_side(group, action_parts),
+                reward.read(group),
+                _flags(group, b"terminations"),
+                _flags(group, b"truncations"),
+                _counted(group),
+            )
         except Exception as error:  # HDF5 raises OSError, KeyError, RuntimeError, TypeError, ValueError and others
             yield error
 
 
-def _episode(group: h5g.GroupID, obs: Mapping[str, int], action: Mapping[str, int]) -> RawEpisode:
-    return RawEpisode(
-        _side_by_side(group, obs),
-        _side_by_side(group, action),
-        _numbers(group, b"rewards"),
-        _flags(group, b"terminations"),
-        _flags(group, b"truncations"),
-        _counted(group),
-    )
+class _Numbers:
+    """A dataset that every episode has, read as float32 if it is that in the first, else as float64.
+
+    Its type may differ from one episode to the next: HDF5 converts, and the store keeps float32 anyway.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self._hdf5_type = name, h5t.NATIVE_DOUBLE
+        self._type: type | None = None
+
+    def read(self, group: h5g.GroupID) -> np.ndarray:
+        dataset = h5d.open(group, self.name.encode())
+        if dataset.get_type().get_class() not in NUMBERS:
+            raise TypeError(f"{self.name!r} hold {dataset.dtype}, not numbers")
+        if self._type is None:
+            self._type = np.float32 if dataset.dtype == np.float32 else np.float64
+            self._hdf5_type = h5t.py_create(np.dtype(self._type))
+        out = np.empty(room(dataset), self._type)
+        if out.size:
+            dataset.read(h5s.ALL, h5s.ALL, out, self._hdf5_type)
+        return out
 
 
-def _side_by_side(group: h5g.GroupID, widths: Mapping[str, int]) -> np.ndarray:
+def _side_by_side(group: h5g.GroupID, parts: Mapping[_Numbers, int]) -> np.ndarray:
     columns = []
-    for name, width in widths.items():
-        array = _numbers(group, name.encode())
+    for part, width in parts.items():
+        array = part.read(group)
         if math.prod(array.shape[1:]) != width:
-            raise ValueError(f"{name!r} have shape {array.shape}, but their space has {width} numbers")
+            raise ValueError(f"{part.name!r} have shape {array.shape}, but their space has {width} numbers")
         columns.append(array.reshape(-1, width))
     return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
 
-def _numbers(group: h5g.GroupID, name: bytes) -> np.ndarray:
-    """Any numbers, as float64: their type may differ from one episode to the next, and HDF5 converts."""
-    dataset = h5d.open(group, name)
-    out = np.empty(room(dataset), dtype=np.float64)
-    if out.size:
-        dataset.read(h5s.ALL, h5s.ALL, out, h5t.NATIVE_DOUBLE)
-    return out
-
-
 def _flags(group: h5g.GroupID, name: bytes) -> np.ndarray:
     dataset = h5d.open(group, name)
-    out = np.empty(room(dataset), dtype=dataset.dtype)
+    out = np.empty(room(dataset), dtype=np.uint8)
     if out.size:
-        dataset.read(h5s.ALL, h5s.ALL, out)
-    if out.dtype != bool and not np.isin(out, (0, 1)).all():
+        try:
+            dataset.read(h5s.ALL, h5s.ALL, out, BOOLEAN)
+        except OSError:  # HDF5 makes no enumeration of other flags; what cannot be read at all raises again
+            out = _Numbers(name.decode()).read(group)
+    if not ((out == 0) | (out == 1)).all():
         raise ValueError(f"{name.decode()!r} hold other values than 0 and 1")
     return out.astype(bool)
 
 
 def _counted(group: h5g.GroupID) -> int | None:
-    if not h5a.exists(group, b"total_steps"):
+    try:
+        attribute = h5a.open(group, b"total_steps")
+    except KeyError:
         return None
-    out = np.empty((), dtype=np.int64)
-    h5a.open(group, b"total_steps").read(out)
+    kind, out = attribute.get_type(), np.empty((), dtype=np.int64)
+    if kind.get_class() != h5t.INTEGER or kind.get_size() != attribute.get_storage_size():
+        raise ValueError("the attribute 'total_steps' is not one whole number")
+    attribute.read(out, h5t.NATIVE_INT64)
     return int(out)
