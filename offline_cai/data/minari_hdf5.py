@@ -80,7 +80,7 @@ class _Numbers:
         if self._type is None:
             self._type = np.float32 if dataset.dtype == np.float32 else np.float64
             self._hdf5_type = h5t.py_create(np.dtype(self._type))
-        out = np.empty(room(dataset), self._type)
+        out: np.ndarray = np.empty(room(dataset), self._type)
         if out.size:
             dataset.read(h5s.ALL, h5s.ALL, out, self._hdf5_type)
         return out

@@ -1,27 +1,19 @@
 """A corpus of damaged datasets: none of them gets through in silence, and repair leaves out what is damaged alone."""
 
 import json
-import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import gymnasium as gym
 import h5py
-import minari
 import numpy as np
 import pytest
-from minari.data_collector import EpisodeBuffer
 
-from offline_cai.core import Box, Episode, Field, Spec
+from offline_cai.core import Episode
 from offline_cai.data import catalogue, d4rl
 from offline_cai.data.cache import cache_root
 from offline_cai.data.trajectories import Trajectories, verify
 from offline_cai.errors import DataWarning, UserError
-
-LENGTHS, TERMINAL = (5, 3, 6, 4), (True, False, True, False)
-SPACES = gym.spaces.Dict(a=gym.spaces.Box(-9, 9, (2,)), b=gym.spaces.Box(-9, 9, (1,))), gym.spaces.Box(-1, 1, (2,))
 
 
 class Damage(NamedTuple):
@@ -147,19 +139,6 @@ MINARI = [
 ]
 
 
-def write_minari(folder: Path, episodes: list[Episode]) -> Path:
-    buffers = []
-    for obs, act, reward, terminal, _ in episodes:
-        last = np.arange(len(reward)) == len(reward) - 1
-        parts = {"a": obs[:, :2], "b": obs[:, 2:]}
-        buffers.append(EpisodeBuffer(None, None, None, parts, act, reward, last & terminal, last & (not terminal)))
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setenv("MINARI_DATASETS_PATH", str(folder))
-        warnings.simplefilter("ignore", UserWarning)  # Minari asks for an e-mail address, among others
-        minari.create_dataset_from_buffers("own/y-v0", buffers, observation_space=SPACES[0], action_space=SPACES[1])
-    return folder / "own" / "y-v0" / "data" / "main_data.hdf5"
-
-
 def no_flags(file: h5py.File) -> None:
     file["terminals"][:] = file["timeouts"][:] = False
     del file["next_observations"]
@@ -202,28 +181,6 @@ D4RL = [
     Damage("truncated file", cut_file, "cannot be read as HDF5"),
     Damage("another file", lambda path: path.write_text("<html>"), "cannot be read as HDF5"),
 ]
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same episodes as a Minari dataset and as a D4RL file."""
-    rng, episodes = np.random.default_rng(0), []
-    for steps, terminal in zip(LENGTHS, TERMINAL, strict=True):
-        obs, act = rng.normal(size=(steps + 1, 3)), rng.uniform(-1, 1, (steps, 2))
-        episodes.append(Episode(obs, act, rng.normal(size=steps), terminal, rng.normal(size=steps)))
-    folder = tmp_path_factory.mktemp("sound")
-    write_minari(folder, episodes)
-    spec = Spec((Field("observation", 3),), Box((-1.0, -1.0), (1.0, 1.0)))
-    d4rl.write(folder / "own.hdf5", Trajectories.from_episodes(spec, episodes))
-    return folder
-
-
-@pytest.fixture
-def copy(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it to damage; what is converted goes to a cache of its own."""
-    monkeypatch.setenv("OFFLINE_CAI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
-    return Path(shutil.copytree(sound, tmp_path / "data"))
 
 
 @pytest.mark.parametrize(
@@ -293,13 +250,12 @@ STORE = [
 
 
 @pytest.mark.parametrize("damage", [pytest.param(damage, id=damage.name) for damage in STORE])
-def test_no_damage_of_a_store_is_silent(damage: Damage, store: Trajectories, tmp_path: Path) -> None:
-    store.save(tmp_path / "s", {"share": 0.5})
-    verify(tmp_path / "s")
-    damage.do(tmp_path / "s")
+def test_no_damage_of_a_store_is_silent(damage: Damage, copy: Path) -> None:
+    verify(copy / "store")
+    damage.do(copy / "store")
     with pytest.raises(UserError, match=damage.words) as error:
-        verify(tmp_path / "s")
-    assert str(tmp_path / "s") in str(error.value)
+        verify(copy / "store")
+    assert str(copy / "store") in str(error.value)
 
 
 def test_repair_refuses_to_leave_nothing(copy: Path) -> None:
