@@ -28,6 +28,13 @@ The main job, step by step; each command works on the output of the one before:
 or all of it at once: offline-cai demo
 """
 
+_DATA = """\
+Datasets: what is here, what is inside, from one format to another.
+
+NAME is a Minari id (offline-cai/pointmaze/umaze-v0), a D4RL name (hopper-medium-v2), or the path of a D4RL file
+(.hdf5) or of own arrays (.npz). `data ACTION --help` tells more about each.
+"""
+
 _FLAGS = """\
 A field of the file is set by a flag of its name, nested ones with dots: {example}.
 """
@@ -222,21 +229,14 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     report.add_argument("folder", metavar="RUN", type=Path)
     report.add_argument("--overwrite", action="store_true", help="replace an existing report")
 
-    data = add(
+    data = commands.add_parser(
         "data",
-        _data,
-        """\
-        Look at datasets: list, show, validate.
-
-        list: the datasets that are here, and those that a recipe collects. show NAME: what is inside (episodes,
-        returns, ranges, ends, duplicates). validate NAME: read every number again, with all checks and checksums.
-        NAME is a Minari id, a D4RL name, or the path of a D4RL file.
-        """,
+        help="Datasets: list, show, convert, validate, download, stats.",
+        description=_DATA,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    data.add_argument("action", metavar="ACTION", choices=["list", "show", "validate"])
-    data.add_argument("name", metavar="NAME", nargs="?")
-    data.add_argument("--json", action="store_true", help="print one JSON object")
-    data.add_argument("--picture", type=Path, metavar="FILE", help="with show: also draw it to this file")
+    data.set_defaults(flags=False)
+    _add_data_commands(data.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser), common)
 
     demo = add(
         "demo",
@@ -254,6 +254,75 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, dict(commands.choices)
 
 
+def _add_data_commands(commands: Any, common: _Parser) -> None:
+    """The parsers of `data ACTION`."""
+
+    def add(action: str, text: str, name: str = "NAME") -> _Parser:
+        description = textwrap.dedent(text)
+        formatter = argparse.RawDescriptionHelpFormatter
+        first = description.split("\n")[0]
+        command = commands.add_parser(
+            action, help=first, description=description, parents=[common], formatter_class=formatter
+        )
+        command.set_defaults(run=_data, action=action)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        if name:
+            command.add_argument("name", metavar=name)
+        return command
+
+    add("list", "The datasets that are here, and those that a recipe collects.", name="")
+    show = add(
+        "show",
+        """\
+        What is inside a dataset: episodes, lengths, returns, ends by kind, duplicates, coverage, ranges by field.
+
+        Coverage is the share of the cells of a 32 x 32 grid over the first two columns of the observation, between
+        their lowest and highest values, that some step lies in.
+        """,
+    )
+    show.add_argument("--picture", type=Path, metavar="FILE", help="also draw it to this new file (.png, .pdf, .svg)")
+    convert = add(
+        "convert",
+        """\
+        Convert a dataset to the store that training reads, or write it in another format.
+
+        Without --to: the store in the cache (OFFLINE_CAI_CACHE, ~/.cache/offline_cai), which every command makes by
+        itself on first use. An existing file or dataset is not overwritten. A Minari dataset made of another keeps its
+        spaces, environments, references and authors; one made of a file has no environment.
+        """,
+    )
+    convert.add_argument(
+        "--to", metavar="TARGET", help="a path that ends in .hdf5 (D4RL's format) or .npz (arrays), or a Minari id"
+    )
+    add(
+        "validate",
+        """\
+        Read every number of a dataset again, with all checks, and compare it with the checksums of its store.
+
+        Exit status 0: it is sound; 2: the first thing that is wrong, in one sentence.
+        """,
+    )
+    add(
+        "download",
+        """\
+        Download a public dataset, whole or not at all, and convert it, which checks it.
+
+        NAME is a Minari id (D4RL/door/human-v2), with a remote before it (hf://farama-minari/D4RL/door/human-v2,
+        gcp://BUCKET/...) or without (MINARI_REMOTE, hf://farama-minari by default), or a D4RL name
+        (hopper-medium-v2). Minari's go to MINARI_DATASETS_PATH (~/.minari/datasets), D4RL's to the cache.
+        """,
+    )
+    add(
+        "stats",
+        """\
+        What normalisers see: mean, standard deviation, range and quantiles of each column, of returns and of scores.
+
+        Scores are normalised with the references of the dataset's Minari metadata or of D4RL's table; where there are
+        none, that is said.
+        """,
+    )
+
+
 def _writes(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--output", type=Path, help=f"folder to write (default: {default})")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -268,21 +337,17 @@ def _collect(args: argparse.Namespace, flags: dict[str, str]) -> None:
 
 
 def _data(args: argparse.Namespace, flags: dict[str, str]) -> None:
-    from offline_cai import commands
+    from offline_cai import data_commands
 
-    if (args.name is None) != (args.action == "list"):
-        raise UserError(f"`data {args.action}` " + ("takes no NAME." if args.name else "needs the NAME of a dataset."))
-    if args.picture is not None and args.action != "show":
-        raise UserError("--picture goes with `data show`.")
-    facts = commands.data(args.action, args.name, args.picture)
-    if args.json:
-        print(json.dumps(facts))
-    elif args.action == "list":
-        print("\n".join(f"{name:44} {where}" for name, where in facts.items()) or "there are none.")
-    else:
-        from offline_cai.data.describe import table
-
-        print(table(facts))
+    facts: dict[str, Any] = {
+        "list": lambda: data_commands.entries(),
+        "show": lambda: data_commands.show(args.name, args.picture),
+        "convert": lambda: data_commands.convert(args.name, args.to),
+        "validate": lambda: data_commands.validate(args.name),
+        "download": lambda: data_commands.download(args.name),
+        "stats": lambda: data_commands.show_stats(args.name),
+    }[args.action]()
+    print(json.dumps(facts) if args.json else data_commands.text(args.action, facts))
 
 
 def _train(args: argparse.Namespace, flags: dict[str, str]) -> int:

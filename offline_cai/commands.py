@@ -24,8 +24,6 @@ from offline_cai import config, report, seeding
 from offline_cai.algorithms.diffuser import Diffuser
 from offline_cai.core import Algorithm, Policy, Spec
 from offline_cai.data import catalogue, minari
-from offline_cai.data.describe import describe
-from offline_cai.data.describe import picture as draw_data
 from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import Interrupted, UserError
@@ -101,30 +99,6 @@ def note_stage(run: Path, name: str, seconds: float, add: bool = False) -> None:
     stages = read_json(path) if path.exists() else {}
     before = stages.get(name, 0.0) if add else 0.0
     write_text(path, json.dumps({**stages, name: before + seconds}, indent=1))
-
-
-# Data ----------------------------------------------------------------------------------------------------------------
-
-
-def data(action: str, name: str | None, picture: Path | None = None) -> dict[str, Any]:
-    """Datasets by name (list), what is in one (show), or that one after it was read and checked again (validate)."""
-    if action == "list":
-        recipes = {id_: f"offline-cai collect {recipe}" for id_, recipe in minari.recipes().items()}
-        return recipes | {name: str(minari.dataset_root() / name) for name in minari.local_ids()}
-    assert name is not None
-    if action == "validate":
-        store = catalogue.validate(name)
-        found = {"dataset": name, "valid": True, "episodes": store.num_episodes, "steps": store.num_steps}
-        return found | {"warnings": store.info.get("warnings", [])}
-    store = catalogue.trajectories(name)
-    if picture is not None:
-        if picture.exists():
-            raise UserError(f"{picture} exists already and is not overwritten: name another file.")
-        try:
-            draw_data(store, picture)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot draw to {picture}: {error}.") from error
-    return describe(store)
 
 
 # Train ---------------------------------------------------------------------------------------------------------------

@@ -113,6 +113,38 @@ def require_same_spec(ours: Spec, theirs: Spec) -> None:
         raise UserError(f"the policy was trained for actions {ours.action}, but the environment takes {theirs.action}.")
 
 
+def spaces_of(spec: Spec) -> tuple[gym.Space, gym.Space]:
+    """Spaces of observations and actions for data without an environment, of which `spec_of` makes this Spec again.
+
+    Only the order of the fields is the rule's then, and choices that were observed are numbers.
+
+    Raises:
+        UserError: a field's name is also the first part of another's.
+    """
+    tree: dict[str, Any] = {}
+    for field in spec.obs:
+        *parents, leaf = field.name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if not isinstance(node, dict) or leaf in node:
+            raise UserError(f"the field {field.name!r} has no place beside {[f.name for f in spec.obs]}: rename it.")
+        node[leaf] = Box(-np.inf, np.inf, (field.width,), np.float32)
+    return (tree["observation"] if list(tree) == ["observation"] else _dict_space(tree)), _action_space(spec.action)
+
+
+def _dict_space(tree: Any) -> gym.Space:
+    return Dict({name: _dict_space(part) for name, part in tree.items()}) if isinstance(tree, dict) else tree
+
+
+def _action_space(action: core.Box | core.Discrete) -> gym.Space:
+    if isinstance(action, core.Box):
+        return Box(np.array(action.low, np.float32), np.array(action.high, np.float32), dtype=np.float32)
+    if len(action.n) == 1:
+        return Discrete(action.n[0], start=action.start[0])
+    return MultiDiscrete(np.array(action.n), start=np.array(action.start))
+
+
 # To rows -------------------------------------------------------------------------------------------------------------
 
 

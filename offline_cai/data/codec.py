@@ -47,7 +47,7 @@ class Normaliser(nn.Module):
         """Set the statistics from the parts [m, width] of the data, one after the other."""
         if self.kind == "none":
             return
-        moments, sample = _Moments(), _Sample()
+        moments, sample = Moments(), Sample()
         for part in parts:
             moments.add(part.astype(np.float64))
             if self.kind == "quantile":
@@ -74,7 +74,7 @@ class Normaliser(nn.Module):
         return x * self.scale + self.shift
 
 
-class _Moments:
+class Moments:
     """Count, mean, squared deviations and range of columns, part by part (Chan, Golub and LeVeque 1983)."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class _Moments:
         return self.mean, np.sqrt(self.square / max(self.count, 1))
 
 
-class _Sample:
+class Sample:
     """Every 2^j-th row of what is added, at most SAMPLE of them: j grows with the data."""
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ from offline_cai.data.checks import both_flags
 from offline_cai.data.d4rl_download import download
 from offline_cai.data.d4rl_file import (
     FIELDS,
+    LOG_PROB,
     REQUIRED,
     Arrays,
     check,
@@ -28,6 +29,7 @@ from offline_cai.data.d4rl_file import (
     first_not_finite,
     locate,
     not_finite,
+    parse_spec,
     read,
     verified,
 )
@@ -37,7 +39,6 @@ from offline_cai.errors import DataWarning, UserError
 
 __all__ = ["download", "qlearning_dataset", "sequence_dataset", "trajectories", "write"]
 
-LOG_PROB = "infos/action_log_probs"
 _SLICE = 1 << 16
 
 
@@ -65,7 +66,7 @@ def trajectories(source: str | Path, *, max_episode_steps: int | None = None, re
     def convert() -> tuple[Spec, Iterator[Reading]]:
         data = read(verified(name, file), (*FIELDS, LOG_PROB))
         check_fields(data, str(file))
-        return _spec(file, data), _episodes(data, name, max_episode_steps, str(file))
+        return _spec(file, data), readings(data, name, max_episode_steps, str(file))
 
     return converted(key, file, convert, repair)
 
@@ -82,15 +83,17 @@ def _spec(file: Path, data: Arrays) -> Spec:
             )
     try:
         with h5py.File(file, "r") as root:
-            if "offline_cai" in root.attrs:
-                return Spec.from_json(json.loads(root.attrs["offline_cai"]))
-    except Exception as error:  # h5py and what parses raise OSError, RuntimeError, KeyError, TypeError and others
-        raise UserError(f"{file}: its attribute 'offline_cai' is no spec ({error}). Remove the attribute.") from error
+            declared = root.attrs.get("offline_cai")
+    except Exception as error:  # h5py raises OSError, RuntimeError, KeyError, TypeError and others
+        raise UserError(f"{file}: its attribute 'offline_cai' cannot be read ({error}). Remove it.") from error
+    if declared is not None:
+        return parse_spec(declared, f"{file}, attribute 'offline_cai'")
     obs, action = data["observations"].shape[1], data["actions"].shape[1]
     return Spec((Field("observation", obs),), Box((-1.0,) * action, (1.0,) * action))
 
 
-def _episodes(data: Arrays, name: str | None, limit: int | None, where: str) -> Iterator[Reading]:
+def readings(data: Arrays, name: str | None, limit: int | None, where: str) -> Iterator[Reading]:
+    """The episodes in rows by D4RL's names, cut as `trajectories` says, and what is wrong or odd about them."""
     obs, action, following = data["observations"], data["actions"], data.get("next_observations")
     reward, terminal, rows = data["rewards"].reshape(-1), data["terminals"].reshape(-1) == 1, len(data["rewards"])
     cut, bad, log_prob = cut_rows(data, terminal, name, limit, where, 0, 0), not_finite(data), data.get(LOG_PROB)
@@ -278,11 +281,20 @@ def write(path: str | Path, trajectories: Trajectories) -> Path:
 
 
 def _fill(file: h5py.File, store: Trajectories) -> None:
+    for name, (array, rows) in columns(store).items():
+        dataset = file.create_dataset(name, (len(rows), *array.shape[1:]), array.dtype, compression="gzip", chunks=True)
+        for start in range(0, len(rows), _SLICE):
+            dataset[start : start + _SLICE] = array[rows[start : start + _SLICE]]
+    file.attrs["offline_cai"] = json.dumps(store.spec.to_json())
+
+
+def columns(store: Trajectories) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """A store's steps by D4RL's names: an array of the store and which rows of it, so that nothing large is copied."""
     rows, last = store.step_rows(), np.zeros(len(store.obs), dtype=bool)
     last[store.offsets[1:] - 2] = True
     true_end = np.zeros_like(last)
     true_end[store.offsets[1:][store.terminal] - 2] = True
-    fields = {
+    found = {
         "observations": (store.obs, rows),
         "actions": (store.action, rows),
         "rewards": (store.reward, rows),
@@ -290,11 +302,4 @@ def _fill(file: h5py.File, store: Trajectories) -> None:
         "timeouts": (last & ~true_end, rows),
         "next_observations": (store.obs, rows + 1),
     }
-    if store.log_prob is not None:
-        fields[LOG_PROB] = (store.log_prob, rows)
-    for name, (array, index) in fields.items():
-        shape = (len(index), *array.shape[1:])
-        dataset = file.create_dataset(name, shape, array.dtype, compression="gzip", chunks=True)
-        for start in range(0, len(index), _SLICE):
-            dataset[start : start + _SLICE] = array[index[start : start + _SLICE]]
-    file.attrs["offline_cai"] = json.dumps(store.spec.to_json())
+    return found if store.log_prob is None else found | {LOG_PROB: (store.log_prob, rows)}

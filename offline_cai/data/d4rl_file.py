@@ -1,12 +1,15 @@
 """What is inside a D4RL file: finding, reading and checking its arrays, and the rows where a time limit cut them."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
+from offline_cai.core import Spec
 from offline_cai.data.d4rl_download import download, entry, file_of, name_of, table
 from offline_cai.data.hdf5 import room
 from offline_cai.errors import UserError
@@ -14,6 +17,7 @@ from offline_cai.errors import UserError
 Arrays = dict[str, np.ndarray]
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 FIELDS = (*REQUIRED, "timeouts", "next_observations")
+LOG_PROB = "infos/action_log_probs"
 
 
 def locate(source: str | Path) -> tuple[str | None, Path]:
@@ -109,6 +113,22 @@ def check_fields(data: Mapping[str, np.ndarray], where: str) -> None:
             f"{where}: 'next_observations' have shape {data['next_observations'].shape}, 'observations' "
             f"{data['observations'].shape}. Remove the former (a copy of the file will do) or mend it."
         )
+
+
+def parse_spec(text: Any, where: str) -> Spec:
+    """The Spec that a file declares as JSON.
+
+    Raises:
+        UserError: it is something else; `where` says which file and which part of it.
+    """
+    try:
+        spec = Spec.from_json(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} is no spec ({type(error).__name__}: {error}). Mend or remove it.") from error
+    names = [field.name for field in spec.obs]
+    if len(set(names)) < len(names) or any(field.width < 0 for field in spec.obs):
+        raise UserError(f"{where} has fields {list(map(tuple, spec.obs))}: each has a name of its own and a width.")
+    return spec
 
 
 def cut_rows(

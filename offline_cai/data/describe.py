@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from offline_cai.core import Spec
 from offline_cai.data.trajectories import Trajectories
+
+CELLS = 32  # a side of the grid that coverage counts
 
 
 def describe(data: Trajectories) -> dict[str, Any]:
-    """Episodes, steps, lengths, returns, ends by kind, duplicates, and ranges by field; plain data for JSON."""
+    """Episodes, steps, lengths, returns, ends by kind, duplicates, coverage, ranges by field; plain data for JSON."""
     lengths, returns, spec = data.lengths, data.returns, data.spec
     low, high = np.array(spec.action.low), np.array(spec.action.high)
     ranges, at_bound = _Ranges(), np.zeros(spec.action_width)
@@ -31,6 +34,7 @@ def describe(data: Trajectories) -> dict[str, Any]:
         "return": _spread(returns),
         "ends": {"true end": int(data.terminal.sum()), "cut by time": int((~data.terminal).sum())},
         "duplicated episodes": duplicates(data),
+        "coverage": coverage(data, ranges.low, ranges.high),
         "seconds per step": spec.dt,
         "observation": fields,
         "action": {"low": ranges.low[actions].tolist(), "high": ranges.high[actions].tolist()},
@@ -46,6 +50,23 @@ def duplicates(data: Trajectories) -> int:
         for start, stop in zip(data.offsets[:-1], data.offsets[1:], strict=True)
     )
     return sum(count - 1 for count in digests.values())
+
+
+def coverage(data: Trajectories, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
+    """Share of the cells of a grid over the observation's first two columns, from `low` to `high`, that hold a step."""
+    columns = list(range(min(2, data.spec.obs_width)))
+    low, span = low[columns], np.maximum(high - low, np.finfo(np.float32).tiny)[columns]
+    seen = np.zeros((CELLS,) * len(columns), dtype=bool)
+    for obs, *_ in data.chunks():
+        cells = np.minimum((obs[:, columns] - low) / span * CELLS, CELLS - 1).astype(int)
+        seen[tuple(cells.T)] = True
+    names = column_names(data.spec)[: len(columns)]
+    return {"share": float(seen.mean()), "of cells": " x ".join([str(CELLS)] * len(columns)), "over": names}
+
+
+def column_names(spec: Spec) -> list[str]:
+    """A name for each column of an observation."""
+    return [f"{field.name}[{i}]" if field.width > 1 else field.name for field in spec.obs for i in range(field.width)]
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -73,9 +94,9 @@ def picture(data: Trajectories, path: Path) -> None:
         axes.hist(values, bins=40, color="#c2410c")
         axes.set(xlabel=name, ylabel="episodes")
     rows = data.rows[:: max(1, len(data.rows) // 20_000)]
-    second = rows[:, min(1, data.spec.obs_width - 1)]
-    where.plot(rows[:, 0], second, ".", markersize=1, color="#1f2430", alpha=0.3)
-    where.set(xlabel=f"{data.spec.obs[0].name}[0]", ylabel="next column")
+    names, second = column_names(data.spec), min(1, data.spec.obs_width - 1)
+    where.plot(rows[:, 0], rows[:, second], ".", markersize=1, color="#1f2430", alpha=0.3)
+    where.set(xlabel=names[0], ylabel=names[second])
     for axes in (returns, lengths, where):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

@@ -67,7 +67,7 @@ def readings(
         terminals, cuts, both = terminals + terminal, cuts + cut, both + (terminal and cut)
         if not terminal and not cut:
             without_flag.append(number)
-        yield Episode(raw.obs, raw.action, raw.reward, terminal)
+        yield Episode(raw.obs, raw.action, raw.reward, terminal, raw.log_prob)
     if without_flag:
         yield DataWarning(f"{some('episode', without_flag)} without an end flag: taken as cut by time.")
     for text in both_flags(both, terminals, cuts):

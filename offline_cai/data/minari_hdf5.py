@@ -27,6 +27,7 @@ class RawEpisode(NamedTuple):
     terminations: np.ndarray  # [T] bool
     truncations: np.ndarray  # [T] bool
     counted: int | None  # steps, as the metadata of the episode say
+    log_prob: np.ndarray | None  # [T]
 
 
 def count(path: Path) -> int:
@@ -36,17 +37,18 @@ def count(path: Path) -> int:
 
 
 def episodes(
-    path: Path, obs: Mapping[str, int], action: Mapping[str, int], numbers: np.ndarray
+    path: Path, obs: Mapping[str, int], action: Mapping[str, int], numbers: np.ndarray, log_prob: str | None = None
 ) -> Iterator[RawEpisode | Exception]:
     """The episodes with these numbers, or what was raised in place of one that cannot be read.
 
-    `obs` and `action` name HDF5 datasets inside an episode's group, with the width that each has to have.
+    `obs` and `action` name HDF5 datasets inside an episode's group, with the width that each has to have; `log_prob`
+    names the one with log-probabilities, if there is one.
 
     Raises:
         OSError: the file cannot be opened.
     """
     obs_parts, action_parts = ({_Numbers(name): width for name, width in parts.items()} for parts in (obs, action))
-    reward = _Numbers("rewards")
+    reward, logged = _Numbers("rewards"), None if log_prob is None else _Numbers(log_prob)
     file = h5f.open(str(path).encode(), h5f.ACC_RDONLY)
     for number in numbers:
         try:
@@ -58,6 +60,7 @@ def episodes(
                 _flags(group, b"terminations"),
                 _flags(group, b"truncations"),
                 _counted(group),
+                None if logged is None else logged.read(group),
             )
         except Exception as error:  # HDF5 raises OSError, KeyError, RuntimeError, TypeError, ValueError and others
             yield error

@@ -13,7 +13,7 @@ from offline_cai.errors import UserError, did_you_mean
 
 
 @cache
-def _table() -> dict[str, tuple[float, float]]:
+def table() -> dict[str, tuple[float, float]]:
     groups = json.loads(files("offline_cai.data").joinpath("d4rl_scores.json").read_text())["table"]
     return {name: (ref["ref_min"], ref["ref_max"]) for group in groups.values() for name, ref in group.items()}
 
@@ -24,9 +24,9 @@ def reference(task: str) -> tuple[float, float]:
     Raises:
         UserError: D4RL has no reference for a task of that name.
     """
-    if task not in _table():
-        raise UserError(f"D4RL has no reference returns for {task!r}; {did_you_mean(task, _table())}")
-    return _table()[task]
+    if task not in table():
+        raise UserError(f"D4RL has no reference returns for {task!r}; {did_you_mean(task, table())}")
+    return table()[task]
 
 
 def normalised(returns: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -28,7 +28,7 @@ def test_one_name_reaches_every_kind(dataset: str, file: Path) -> None:
     assert catalogue.note(dataset)["recipe"]["id"] == dataset and catalogue.note(str(file)) == {}
     found = catalogue.environment(dataset)
     assert found is not None and found[0] == "PointMaze_UMaze-v3" and catalogue.environment(str(file)) is None
-    assert catalogue.is_d4rl("hopper-medium-v2") and not catalogue.is_d4rl(dataset)
+    assert catalogue.kind("hopper-medium-v2") == "d4rl" and catalogue.kind(dataset) == "minari"
 
 
 def test_validation_reads_the_source_and_the_store_again(dataset: str, file: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from offline_cai.core import Spec
-from offline_cai.data.codec import SAMPLE, Codec, Normaliser, _Sample
+from offline_cai.data.codec import SAMPLE, Codec, Normaliser, Sample
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 
@@ -93,7 +93,7 @@ def test_heavy_tails_keep_their_small_values() -> None:
 
 
 def test_the_sample_of_the_quantiles_is_even_and_bounded() -> None:
-    sample = _Sample()
+    sample = Sample()
     for start in range(0, 4 * SAMPLE, 1 << 15):
         sample.add(np.arange(start, start + (1 << 15))[:, None])
     rows = sample.rows()[:, 0]

@@ -1,0 +1,71 @@
+"""What `offline-cai data` does: each command gives plain facts, and `text` shows them to people."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from offline_cai.data import catalogue, describe, stats
+from offline_cai.data.trajectories import Trajectories
+from offline_cai.errors import UserError
+
+
+def entries() -> dict[str, Any]:
+    """Datasets by name: those that are here, and those that a recipe collects."""
+    return {name: entry._asdict() for name, entry in catalogue.entries().items()}
+
+
+def show(name: str, picture: Path | None = None) -> dict[str, Any]:
+    """What is in a dataset; also drawn to a new file `picture`."""
+    if picture is not None and picture.exists():
+        raise UserError(f"{picture} exists already and is not overwritten: name another file.")
+    store = catalogue.trajectories(name)
+    if picture is not None:
+        try:
+            describe.picture(store, picture)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot draw to {picture}: {error}.") from error
+    return describe.describe(store)
+
+
+def show_stats(name: str) -> dict[str, Any]:
+    """What normalisers see of a dataset, its returns, and its scores where it has references."""
+    return {"dataset": name, **stats.stats(catalogue.trajectories(name), catalogue.reference(name))}
+
+
+def validate(name: str) -> dict[str, Any]:
+    """A dataset after every number of it was read and checked again."""
+    return {"dataset": name, "valid": True, **_counts(catalogue.validate(name))}
+
+
+def download(name: str) -> dict[str, Any]:
+    """A public dataset, fetched and converted, which checks it."""
+    return convert(catalogue.download(name))
+
+
+def convert(name: str, to: str | None = None) -> dict[str, Any]:
+    """A dataset, converted to the store that training reads, or written in another format as `to`."""
+    began = time.monotonic()
+    if to is not None:
+        catalogue.check_target(to)
+    store = catalogue.trajectories(name)
+    written = store.path if to is None else catalogue.write(to, store, name)
+    return {"dataset": name, "written to": str(written), **_counts(store), "seconds": time.monotonic() - began}
+
+
+def _counts(store: Trajectories) -> dict[str, Any]:
+    return {"episodes": store.num_episodes, "steps": store.num_steps}
+
+
+def text(command: str, facts: dict[str, Any]) -> str:
+    """The facts of a command as a table."""
+    if command == "stats":
+        return stats.text(facts)
+    return _listing(facts) if command == "list" else describe.table(facts)
+
+
+def _listing(facts: dict[str, dict[str, Any]]) -> str:
+    lines = [f"{'name':44} {'kind':7} {'episodes':>9} {'steps':>11}  where, or how to get it"]
+    for name, entry in facts.items():
+        episodes, steps = ("" if entry[key] is None else entry[key] for key in ("episodes", "steps"))
+        lines.append(f"{name:44} {entry['kind']:7} {episodes:>9} {steps:>11}  {entry['where']}")
+    return "\n".join(lines) if facts else "there are none."
