@@ -292,6 +292,9 @@ def _add_data_commands(commands: Any, common: _Parser) -> None:
         """,
     )
     convert.add_argument(
+        "--repair", action="store_true", help="leave damaged episodes out, and say which and why; with --to, for good"
+    )
+    convert.add_argument(
         "--to", metavar="TARGET", help="a path that ends in .hdf5 (D4RL's format) or .npz (arrays), or a Minari id"
     )
     add(
@@ -342,9 +345,9 @@ def _data(args: argparse.Namespace, flags: dict[str, str]) -> None:
     facts: dict[str, Any] = {
         "list": lambda: data_commands.entries(),
         "show": lambda: data_commands.show(args.name, args.picture),
-        "convert": lambda: data_commands.convert(args.name, args.to),
+        "convert": lambda: data_commands.convert(args.name, args.to, args.repair),
         "validate": lambda: data_commands.validate(args.name),
-        "download": lambda: data_commands.download(args.name),
+        "download": lambda: data_commands.download(args.name, args.quiet),
         "stats": lambda: data_commands.show_stats(args.name),
     }[args.action]()
     print(json.dumps(facts) if args.json else data_commands.text(args.action, facts))

@@ -33,23 +33,28 @@ def show_stats(name: str) -> dict[str, Any]:
 
 
 def validate(name: str) -> dict[str, Any]:
-    """A dataset after every number of it was read and checked again."""
-    return {"dataset": name, "valid": True, **_counts(catalogue.validate(name))}
+    """A dataset after every number of it was read and checked again, and what is odd in it but can be used."""
+    store = catalogue.validate(name)
+    return {"dataset": name, "valid": True, **_counts(store), "warnings": store.info.get("warnings", [])}
 
 
-def download(name: str) -> dict[str, Any]:
+def download(name: str, quiet: bool = False) -> dict[str, Any]:
     """A public dataset, fetched and converted, which checks it."""
-    return convert(catalogue.download(name))
+    return convert(catalogue.download(name, quiet))
 
 
-def convert(name: str, to: str | None = None) -> dict[str, Any]:
-    """A dataset, converted to the store that training reads, or written in another format as `to`."""
+def convert(name: str, to: str | None = None, repair: bool = False) -> dict[str, Any]:
+    """A dataset, converted to the store that training reads, or written in another format as `to`.
+
+    `repair` leaves damaged episodes out and names them.
+    """
     began = time.monotonic()
     if to is not None:
         catalogue.check_target(to)
-    store = catalogue.trajectories(name)
+    store = catalogue.trajectories(name, repair)
     written = store.path if to is None else catalogue.write(to, store, name)
-    return {"dataset": name, "written to": str(written), **_counts(store), "seconds": time.monotonic() - began}
+    facts = {"dataset": name, "written to": str(written), **_counts(store), "seconds": time.monotonic() - began}
+    return facts | ({"dropped": store.info["dropped"]} if repair else {})
 
 
 def _counts(store: Trajectories) -> dict[str, Any]:

@@ -33,10 +33,10 @@ def cache_at(folder: str | Path) -> Iterator[None]:
 
 
 def fingerprint(path: Path) -> str:
-    """A hash of the names, sizes and times of a file, or of the files below a folder; costs the same for any size."""
+    """A hash of where a file is, or the files below a folder, of their sizes and times; costs the same for any size."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     state = [(str(file.relative_to(path.parent)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([str(path.resolve()), state]).encode()).hexdigest()[:16]
 
 
 def converted(

@@ -1,8 +1,10 @@
 """One name for a dataset, whatever its kind: a Minari id, a D4RL name, or the path of a D4RL file or of own arrays."""
 
+import io
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -54,16 +56,19 @@ def validate(name: str) -> Trajectories:
     return store
 
 
-def download(name: str) -> str:
+def download(name: str, quiet: bool = False) -> str:
     """Fetch a public dataset, by its D4RL name or Minari id (see `minari_download`); returns the name it has here.
+
+    `quiet` leaves out the progress bars.
 
     Raises:
         UserError: no such dataset, no network (at once), a refusal, or the disk refuses; nothing is left behind then.
     """
-    if kind(name) == "minari":
-        return minari_download.download(name)
-    d4rl_download.download(name)  # for a path, raises with D4RL's names
-    return name
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():
+        if kind(name) == "minari":
+            return minari_download.download(name)
+        d4rl_download.download(name)  # for a path, raises with D4RL's names
+        return name
 
 
 class Entry(NamedTuple):

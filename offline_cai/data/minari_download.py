@@ -1,7 +1,7 @@
 """Minari's public datasets by their ids: fetched by Minari itself, whole or not at all."""
 
+import io
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -29,7 +29,8 @@ def download(name: str) -> str:
     """
     remote, dataset_id = minari.split_remote(name)
     minari.check_id(dataset_id)
-    _check_remote(remote or os.environ.get("MINARI_REMOTE") or minari.DEFAULT_REMOTE)
+    remote = remote or os.environ.get("MINARI_REMOTE") or minari.DEFAULT_REMOTE
+    _check_remote(remote)
     if minari.exists(dataset_id):
         return dataset_id
     if not minari.online(remote):
@@ -38,8 +39,9 @@ def download(name: str) -> str:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".downloading-") as folder:
-            with _minari_root(folder), redirect_stdout(sys.stderr):
-                _fetch(name)
+            said = io.StringIO()  # Minari names the temporary folder; bars go to stderr
+            with _environment(MINARI_DATASETS_PATH=folder, MINARI_REMOTE=remote), redirect_stdout(said):
+                _fetch(name, dataset_id)
             _move(Path(folder), root)
     except OSError as error:
         raise UserError(f"cannot keep the dataset {dataset_id!r} in {root}: {error}.") from error
@@ -52,9 +54,9 @@ def _check_remote(remote: str) -> None:
         raise UserError(f"{remote!r} is no remote of Minari's: they read hf://OWNER or gcp://BUCKET (MINARI_REMOTE).")
 
 
-def _fetch(name: str) -> None:
+def _fetch(name: str, dataset_id: str) -> None:
     try:
-        real_minari.download_dataset(name)
+        real_minari.download_dataset(dataset_id)
     except (ImportError, ValueError) as error:  # a package that is missing, an unknown dataset or version, in words
         raise UserError(f"cannot download {name!r}: {' '.join(str(error).split())}") from error
     except Exception as error:  # each remote raises errors of its own for a refusal or a broken connection
@@ -74,14 +76,14 @@ def _move(source: Path, root: Path) -> None:
 
 
 @contextmanager
-def _minari_root(path: str) -> Iterator[None]:
-    """Minari reads its root from the environment at each call and takes no argument for it."""
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = path
+def _environment(**variables: str) -> Iterator[None]:
+    """Minari reads its root and its remote from the environment at each call."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["MINARI_DATASETS_PATH"]
-        else:
-            os.environ["MINARI_DATASETS_PATH"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

@@ -89,7 +89,7 @@ class Experiment:
     algorithm: str
     """A file in algorithms/."""
     dataset: str
-    """Minari id, D4RL name, or path of a D4RL file (.hdf5)."""
+    """Minari id, D4RL name, or path of a D4RL file (.hdf5) or of own arrays (.npz)."""
     protocol: str | None = None
     """Evaluation protocol: a recipe in eval/."""
     seed: int = 0
