@@ -36,6 +36,7 @@ from offline_cai.data.d4rl_file import (
 from offline_cai.data.intake import Reading
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import DataWarning, UserError
+from offline_cai.interrupts import Interrupt
 
 __all__ = ["download", "qlearning_dataset", "sequence_dataset", "trajectories", "write"]
 
@@ -281,10 +282,13 @@ def write(path: str | Path, trajectories: Trajectories) -> Path:
 
 
 def _fill(file: h5py.File, store: Trajectories) -> None:
-    for name, (array, rows) in columns(store).items():
-        dataset = file.create_dataset(name, (len(rows), *array.shape[1:]), array.dtype, compression="gzip", chunks=True)
-        for start in range(0, len(rows), _SLICE):
-            dataset[start : start + _SLICE] = array[rows[start : start + _SLICE]]
+    with Interrupt() as interrupt:
+        for name, (array, rows) in columns(store).items():
+            shape = (len(rows), *array.shape[1:])
+            dataset = file.create_dataset(name, shape, array.dtype, compression="gzip", chunks=True)
+            for start in range(0, len(rows), _SLICE):
+                interrupt.check()
+                dataset[start : start + _SLICE] = array[rows[start : start + _SLICE]]
     file.attrs["offline_cai"] = json.dumps(store.spec.to_json())
 
 

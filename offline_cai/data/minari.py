@@ -32,6 +32,7 @@ from offline_cai.data.minari_hdf5 import RawEpisode
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import UserError, did_you_mean
 from offline_cai.files import read_json
+from offline_cai.interrupts import Interrupt
 from offline_cai.spaces import components, flatten, leaves, one_hot, spaces_of, spec_of, unflatten, unflatten_action
 
 HUB_SERVER, STORAGE_SERVER = "https://huggingface.co", "https://storage.googleapis.com"
@@ -320,13 +321,15 @@ def _fill(storage: MinariStorage, spec: Spec, spaces: tuple[gym.Space, gym.Space
     """Add the episodes, one after the other; returns whether all of them have log-probabilities."""
     logged = []
 
-    def buffers() -> Iterator[EpisodeBuffer]:
+    def buffers(interrupt: Interrupt) -> Iterator[EpisodeBuffer]:
         for episode in episodes:
+            interrupt.check()
             _require_space(episode)
             logged.append(episode.log_prob is not None)
             yield _buffer(spec, *spaces, episode)
 
-    storage.update_episodes(buffers())
+    with Interrupt() as interrupt:
+        storage.update_episodes(buffers(interrupt))
     return all(logged)
 
 
