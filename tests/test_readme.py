@@ -49,8 +49,7 @@ def test_the_step_by_step_commands_and_the_code_run_as_written(tmp_path: Path) -
     assert len(steps) >= 8, "the README lost its commands"
     said = [run(step.split()) for step in steps]
     assert any("score: planner" in text for text in said) and (tmp_path / "runs/umaze/report.html").is_file()
-    for code in blocks("python"):
-        assert run([sys.executable, "-c", code]) == "(2, 2)\n"
+    assert [run([sys.executable, "-c", code]) for code in blocks("python")] == ["(2, 2)\n", "2 99\n"]
 
 
 def test_the_two_commands_exist_and_install_from_the_constraints() -> None:

@@ -51,7 +51,10 @@ def text(facts: dict[str, Any]) -> str:
     if facts["reference"] is None:
         lines.append("no score: the dataset names no reference returns, and none is made up.")
     else:
-        lines.append("score: returns of {:g} and {:g} are 0 and 100 (Minari's 0 and 1).".format(*facts["reference"]))
+        low, high = facts["reference"]
+        lines.append(
+            f"score: returns of {low:g} and {high:g} in the evaluation environment are 0 and 100 (Minari's 1)."
+        )
     return "\n".join([*lines, f"quantiles of columns are of {facts['quantiles of columns from']}."])
 
 
