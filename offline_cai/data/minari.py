@@ -284,7 +284,7 @@ def write(
             folder = Path(temporary) / dataset_id / "data"
             folder.mkdir(parents=True)
             storage = MinariStorage.new(folder, *spaces, env_spec=env_spec)
-            storage.update_metadata(about)
+            _describe(storage, about)
             logged = _fill(storage, spec, spaces, episodes)
             note = {"dt": spec.dt, **(note or {}), "log_probs": logged}
             storage.update_metadata({"offline_cai": json.dumps(note)})
@@ -295,6 +295,13 @@ def write(
     except OSError as error:
         raise UserError(f"cannot write the dataset {dataset_id!r} to {target}: {error}.") from error
     return target
+
+
+def _describe(storage: MinariStorage, about: dict[str, Any]) -> None:
+    try:
+        storage.update_metadata(about)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"Minari does not take these metadata: {about}. Mend those of the source.") from error
 
 
 def check_free(dataset_id: str) -> None:

@@ -53,7 +53,7 @@ def text(facts: dict[str, Any]) -> str:
     else:
         low, high = facts["reference"]
         lines.append(
-            f"score: returns of {low:g} and {high:g} in the evaluation environment are 0 and 100 (Minari's 1)."
+            f"score: 0 and 100 (Minari says 0 and 1) are returns of {low:g} and {high:g} in the evaluation environment."
         )
     return "\n".join([*lines, f"quantiles of columns are of {facts['quantiles of columns from']}."])
 

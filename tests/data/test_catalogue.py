@@ -137,3 +137,10 @@ def test_coverage_is_the_share_of_cells_with_a_step() -> None:
     line = Spec((Field("x", 1),), Box((-1.0,), (1.0,)))
     still = Trajectories.from_episodes(line, [Episode(np.ones((5, 1)), np.zeros((4, 1)), np.zeros(4), True)])
     assert describe(still)["coverage"] == {"share": 1 / 32, "of cells": "32", "over": ["x"]}
+
+
+def test_metadata_that_minari_does_not_take_are_named(dataset: str) -> None:
+    store, like = catalogue.trajectories(dataset), minari.origin(minari.load(dataset))
+    with pytest.raises(UserError, match=r"does not take these metadata: .*'algorithm_name': 7"):
+        minari.write("formats/odd/a-v0", store.spec, store.episodes(), **(like | {"algorithm_name": 7}))
+    assert not minari.exists("formats/odd/a-v0")
