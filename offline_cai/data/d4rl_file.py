@@ -46,7 +46,7 @@ def read(file: Path, wanted: tuple[str, ...] | None = None) -> Arrays:
             names = [name for name in names if (name in wanted if wanted else "metadata" not in name)]
             for name in names:
                 room(root[name].id)
-            return {name: root[name][()] for name in names}
+            return {name: np.asarray(root[name][()]) for name in names}
     except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, ValueError and others
         raise UserError(
             f"{file} cannot be read as HDF5 ({type(error).__name__}: {' '.join(str(error).split())}). It is damaged or "

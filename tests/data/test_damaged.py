@@ -177,6 +177,7 @@ D4RL = [
     Damage(
         "never written", hdf5(lambda f: (f.pop("rewards"), f.create_dataset("rewards", (18,)))), "were ever written"
     ),
+    Damage("no log-probabilities", new(d4rl.LOG_PROB, "none"), "'infos/action_log_probs' are not used", warning=True),
     Damage("bad spec", hdf5(lambda f: f.attrs.update(offline_cai="{")), "'offline_cai'"),
     Damage("truncated file", cut_file, "cannot be read as HDF5"),
     Damage("another file", lambda path: path.write_text("<html>"), "cannot be read as HDF5"),
@@ -256,6 +257,19 @@ def test_no_damage_of_a_store_is_silent(damage: Damage, copy: Path) -> None:
     with pytest.raises(UserError, match=damage.words) as error:
         verify(copy / "store")
     assert str(copy / "store") in str(error.value)
+
+
+def test_damage_in_arrow_storage_is_local_too(copy: Path) -> None:
+    data = copy / "own" / "arrow-v0" / "data"
+    for part in (data / "2").glob("*.arrow"):
+        cut_file(part)
+    (data / "1" / "metadata.json").write_text('{"id": 1, "total_steps": 30}')
+    with pytest.raises(UserError, match=r"arrow-v0.*, episode 1: .*counts 30 steps"):
+        catalogue.validate("own/arrow-v0")
+    with pytest.warns(DataWarning, match="left out 2 damaged episodes"):
+        store = catalogue.trajectories("own/arrow-v0", repair=True)
+    assert store.lengths.tolist() == [5, 4]
+    assert ["episode 1" in store.info["dropped"][0], "episode 2" in store.info["dropped"][1]] == [True, True]
 
 
 def test_repair_refuses_to_leave_nothing(copy: Path) -> None:
