@@ -66,8 +66,11 @@ def check_plain(store: Trajectories, path: Path) -> None:
     with h5py.File(path) as file:
         if path.name == "main_data.hdf5":
             groups = [file[f"episode_{number}"] for number in range(store.num_episodes)]
-            obs = [np.concatenate([g["observations/a"][()], g["observations/b"][()]], axis=1)[:-1] for g in groups]
-            action, reward = ([g[name][()] for g in groups] for name in ("actions", "rewards"))
+            pairs = [(g["observations/a"][()], g["observations/b"][()]) for g in groups]
+            obs = [np.column_stack([a.reshape(-1, 2), b.ravel()])[:-1] for a, b in pairs]
+            action, reward = (
+                [g[name][()].reshape(-1, n) for g in groups] for name, n in (("actions", 2), ("rewards", 1))
+            )
             parts = [np.concatenate(part) for part in (obs, action, reward)]
             assert store.terminal.tolist() == [bool(g["terminations"][-1]) for g in groups]
         else:
