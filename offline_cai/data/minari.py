@@ -207,8 +207,9 @@ def _raw_episodes(dataset: minari.MinariDataset) -> Iterator[RawEpisode | Except
     if path.is_file():
         names = _hdf5_names("observations", obs_space), _hdf5_names("actions", action_space)
         infos = f"infos/{LOG_PROB}" if logged else None
+        chosen = any(leaf.choices for leaf in leaves(obs_space))
         for raw in minari_hdf5.episodes(path, *names, dataset.episode_indices, infos):
-            yield raw if isinstance(raw, Exception) else _with_choices(obs_space, raw)
+            yield raw if isinstance(raw, Exception) or not chosen else _with_choices(obs_space, raw)
         return
     for number in dataset.episode_indices:
         try:

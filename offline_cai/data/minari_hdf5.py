@@ -1,7 +1,8 @@
 """Minari's HDF5 files, read dataset by dataset at HDF5's own cost.
 
-Minari and h5py spend most of a pass over thousands of short episodes on Python objects; the low-level calls below do
-not make them. What they read is what `MinariDataset.iterate_episodes` gives.
+Minari and h5py spend most of a pass over thousands of short episodes on Python objects and on finding out, for every
+dataset anew, what type it has; the low-level calls below do neither. What they read is what
+`MinariDataset.iterate_episodes` gives.
 """
 
 import math

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from offline_cai.data import minari_hdf5
+from offline_cai.data.minari_hdf5 import RawEpisode
+
+COUNTS, HALVES = np.arange(3), np.arange(3) / 2
+
+
+def read(path: Path, *written: dict[str, np.ndarray]) -> list[RawEpisode]:
+    """Episodes of two steps, zeros but for what `written` says."""
+    with h5py.File(path, "w") as file:
+        for number, changes in enumerate(written):
+            plain = {"observations/a": np.zeros(3), "observations/b": np.zeros((3, 2)), "actions": np.zeros((2, 1))}
+            ends = {"terminations": np.zeros(2, dtype=bool), "truncations": np.zeros(2, dtype=bool)}
+            for name, array in {**plain, "rewards": np.zeros(2), **ends, **changes}.items():
+                file[f"episode_{number}/{name}"] = array
+    numbers = np.arange(len(written))
+    return list(minari_hdf5.episodes(path, ["observations/a", "observations/b"], ["actions"], numbers))
+
+
+@pytest.mark.parametrize("first", [np.int64, np.uint8, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("second", [np.int64, np.float16, np.float32, np.float64])
+def test_numbers_are_right_whatever_types_they_have(tmp_path: Path, first: type, second: type) -> None:
+    contents = [HALVES if np.dtype(kind).kind == "f" else COUNTS for kind in (first, second)]
+    one, two = read(
+        tmp_path / "x.hdf5",
+        {"observations/a": contents[0].astype(first)},
+        {"observations/a": contents[1].astype(second)},
+    )
+    assert one.obs[:, 0].tolist() == contents[0].tolist() and two.obs[:, 0].tolist() == contents[1].tolist()
+    assert one.obs.shape == (3, 3) and not one.obs[:, 1:].any()
+
+
+@pytest.mark.parametrize("kind", [bool, np.int8, np.uint8, np.int64, np.float32, np.float64])
+def test_flags_are_right_whatever_type_they_have(tmp_path: Path, kind: type) -> None:
+    flags = {"terminations": np.array([0, 1]).astype(kind), "truncations": np.array([1, 0]).astype(kind)}
+    plain, other, again = read(tmp_path / "x.hdf5", {}, flags, {})
+    assert other.terminations.dtype == bool and other.truncations.dtype == bool
+    assert other.terminations.tolist() == [False, True] and other.truncations.tolist() == [True, False]
+    assert not plain.terminations.any() and not again.terminations.any()
+
+
+def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
+    read(tmp_path / "x.hdf5", {})
+    with pytest.raises(KeyError, match="none"):
+        list(minari_hdf5.episodes(tmp_path / "x.hdf5", ["observations/none"], ["actions"], np.arange(1)))
