@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from offline_cai.core import Batch, Episode
+from offline_cai.core import Batch, Episode, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
@@ -53,3 +53,39 @@ def test_windows_without_padding_fit(store: Trajectories) -> None:
     assert len(Windows(store, horizon=3, stride=2).starts) == 18
     with pytest.raises(UserError, match="the longest has 12"):
         Windows(store, horizon=7, stride=2, padding=False)
+
+
+@pytest.mark.parametrize(("horizon", "stride"), [(1, 1), (3, 1), (15, 1), (1, 3), (4, 2), (2, 9)])
+@pytest.mark.parametrize("logged", [False, True])
+def test_every_window_is_what_the_definition_says(
+    spec: Spec, episodes: list[Episode], horizon: int, stride: int, logged: bool
+) -> None:
+    """Block j of the window at t has the steps t + jk to t + (j+1)k - 1 of its episode, as far as they exist."""
+    if logged:
+        episodes = [e._replace(log_prob=np.linspace(-1, 0, len(e.reward))) for e in episodes]
+    store, discount = Trajectories.from_episodes(spec, episodes), 0.9
+    windows = Windows(store, horizon, stride, discount)
+    batch = windows.gather(windows.starts, torch.arange(len(windows.starts)))
+    assert batch.key.tolist() == list(range(18)) and (batch.log_prob is not None) == logged
+    at = 0
+    for e in episodes:
+        steps = len(e.reward)
+        pad = horizon * stride
+        obs = np.concatenate([e.obs, np.repeat(e.obs[-1:], pad, axis=0)])
+        action = np.concatenate([e.action, np.zeros((pad, 2))])
+        reward, log_prob = (np.concatenate([x, np.zeros(pad)]) for x in (e.reward, e.log_prob if logged else e.reward))
+        to_go = [sum(discount**i * r for i, r in enumerate(reward[t:])) for t in range(steps + pad)]
+        for t in range(steps):
+            for j in range(horizon):
+                begin, stop = t + j * stride, t + (j + 1) * stride
+                ends = e.terminal and begin < steps <= stop
+                assert np.allclose(batch.obs[at, j], obs[begin], atol=1e-6)
+                assert np.allclose(batch.obs[at, j + 1], obs[stop], atol=1e-6)
+                assert np.allclose(batch.action[at, j], action[begin:stop], atol=1e-6)
+                block = sum(discount**i * r for i, r in enumerate(reward[begin:stop]))
+                assert batch.reward[at, j] == pytest.approx(block, abs=1e-5)
+                assert batch.returns[at, j] == pytest.approx(to_go[begin], abs=1e-5)
+                assert batch.terminal[at, j] == ends and batch.valid[at, j] == (ends or stop <= steps)
+                if batch.log_prob is not None:
+                    assert np.allclose(batch.log_prob[at, j], log_prob[begin:stop], atol=1e-6)
+            at += 1
