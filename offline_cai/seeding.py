@@ -6,12 +6,14 @@ and noise is a hash of that key. So one process and many draw the same noise, an
 """
 
 import math
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_Int64 = TypeVar("_Int64", Tensor, np.ndarray)
 
 
 def _signed(value: int) -> int:
@@ -21,8 +23,8 @@ def _signed(value: int) -> int:
 _GOLDEN, _MIX1, _MIX2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014) on int64 tensors, whose products wrap as uint64's do."""
+def _mix(x: _Int64) -> _Int64:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014) on int64, whose products wrap as uint64's do."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -44,8 +46,8 @@ def seed_of(seed: int, *parts: int) -> int:
 
 
 def keys(seed: int, step: int, positions: Tensor) -> Tensor:
-    """The keys [B] of the samples at `positions` [B] of the global batch of `step`."""
-    return _mix(positions.to(torch.int64) * _GOLDEN + key(seed, step))
+    """The keys [B] of the samples at `positions` [B], on the CPU, of the global batch of `step`."""
+    return torch.from_numpy(_mix(positions.to(torch.int64).numpy() * _GOLDEN + key(seed, step)))
 
 
 def rng(seed: int, *parts: int) -> np.random.Generator:
