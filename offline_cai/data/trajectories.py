@@ -261,8 +261,8 @@ def _write_files(folder: Path, episodes: Iterable[Reading], intake: Intake, info
             columns = rows.shape[1]
             ends = np.repeat(offsets[-1] - 1, lengths)
             for name, file, array in (("rows", row_file, rows), ("end", end_file, ends)):
-                file.write(array.tobytes())
-                digests[name].update(array.tobytes())
+                file.write(array.data)
+                digests[name].update(array.data)
         for file in (row_file, end_file):
             file.flush()
             os.fsync(file.fileno())
