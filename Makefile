@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export MPLBACKEND := Agg
 
-.PHONY: help demo test lint format bench bench-exactness wheel clean
+.PHONY: help demo test lint format bench bench-exactness bench-data wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,10 +35,13 @@ format: $(READY)  ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: bench-exactness  ## All benchmarks
+bench: bench-exactness bench-data  ## All benchmarks
 
 bench-exactness: $(READY)  ## Exactness and cost of the inference core
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_exactness.py
+
+bench-data: $(READY)  ## Speed and memory of the data layer, against what it replaces
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_data.py
 
 wheel: $(READY)  ## Build dist/*.whl
 	@rm -rf dist build
