@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from offline_cai import __version__
-from offline_cai.errors import DataWarning, Interrupted, UserError
+from offline_cai.errors import Interrupted, Notice, UserError
 from offline_cai.training import launch
 
 _INTRO = """\
@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    """Our own warnings are sentences for the user; the others are not his business."""
-    if category in (UserWarning, DataWarning) and launch.is_first():
+    """Our own warnings are sentences for the user; those of other packages are not for him."""
+    if category is Notice and launch.is_first():
         print(f"warning: {message}", file=sys.stderr)
 
 

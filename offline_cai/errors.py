@@ -8,8 +8,8 @@ class UserError(ValueError):
     """A mistake in a user's input. The command line prints it as one sentence and exits with status 2."""
 
 
-class DataWarning(UserWarning):
-    """Data that can be used, but are likely not what their makers meant."""
+class Notice(UserWarning):
+    """Something is odd, or was wrong and has been dealt with; the command line prints it as one sentence."""
 
 
 class Interrupted(Exception):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from offline_cai.data import arrays, d4rl, d4rl_download, d4rl_file, minari, minari_download, scores
 from offline_cai.data.cache import cache_at
 from offline_cai.data.trajectories import Trajectories, digests, verify
-from offline_cai.errors import DataWarning, UserError
+from offline_cai.errors import Notice, UserError
 
 Kind = Literal["arrays", "d4rl", "minari"]
 
@@ -48,7 +48,7 @@ def validate(name: str) -> Trajectories:
     verify(store.path)
     source = str(d4rl_file.locate(name)[1]) if kind(name) == "d4rl" else name  # downloads live in the cache too
     with tempfile.TemporaryDirectory() as folder, cache_at(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataWarning)  # they were given when it was converted
+        warnings.simplefilter("ignore", Notice)  # they were given when it was converted
         again = trajectories(source)
         assert again.path is not None
         if digests(again.path) != digests(store.path):

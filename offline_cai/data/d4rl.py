@@ -35,7 +35,7 @@ from offline_cai.data.d4rl_file import (
 )
 from offline_cai.data.intake import Reading
 from offline_cai.data.trajectories import Trajectories
-from offline_cai.errors import DataWarning, UserError
+from offline_cai.errors import Notice, UserError
 from offline_cai.interrupts import Interrupt
 
 __all__ = ["download", "qlearning_dataset", "sequence_dataset", "trajectories", "write"]
@@ -102,14 +102,14 @@ def readings(data: Arrays, name: str | None, limit: int | None, where: str) -> I
         fits = log_prob.shape in ((rows,), (rows, 1)) and log_prob.dtype.kind == "f" and np.isfinite(log_prob).all()
         log_prob = log_prob.reshape(-1) if fits else None
         if not fits:
-            yield DataWarning(f"{LOG_PROB!r} are not used: they are not one finite number per row.")
+            yield Notice(f"{LOG_PROB!r} are not used: they are not one finite number per row.")
     end = terminal | cut
     yield from _odd_flags(data, terminal, cut)
     if following is not None:
         unflagged = _breaks(obs, following, end, bad, where)
         end |= unflagged
         if unflagged.any():
-            yield DataWarning(
+            yield Notice(
                 f"{unflagged.sum()} of the episodes have no end flag, the first ends at row "
                 f"{np.flatnonzero(unflagged)[0]}, where 'next_observations' do not go on as the next row. They are "
                 "taken as cut by time."
@@ -133,17 +133,17 @@ def readings(data: Arrays, name: str | None, limit: int | None, where: str) -> I
             number += 1
 
 
-def _odd_flags(data: Arrays, terminal: np.ndarray, cut: np.ndarray) -> Iterator[DataWarning]:
+def _odd_flags(data: Arrays, terminal: np.ndarray, cut: np.ndarray) -> Iterator[Notice]:
     """What is odd in the end flags of a file."""
     if not (terminal | cut).any():
-        yield DataWarning(f"no end is flagged in any of its {len(terminal)} rows.")
+        yield Notice(f"no end is flagged in any of its {len(terminal)} rows.")
     for text in both_flags(int((terminal & cut).sum()), int(terminal.sum()), int(cut.sum())):
-        yield DataWarning(text)
+        yield Notice(text)
     if "next_observations" in data:
         obs, following = data["observations"], data["next_observations"]
         goes_on = (following[:-1] == obs[1:]).all(axis=1) & (following[:-1] != obs[:-1]).any(axis=1) & terminal[:-1]
         if goes_on.any():
-            yield DataWarning(
+            yield Notice(
                 f"{goes_on.sum()} of {terminal.sum()} terminals are in the middle, the first at row "
                 f"{np.flatnonzero(goes_on)[0]}: the row after goes on from their next observation. Clear such flags if "
                 "the episode does not end there."

@@ -1,7 +1,7 @@
 """The one way into a store: what a reader finds is checked and packed block by block.
 
 A reader gives episodes; in the place of one that it finds damaged it gives the error, and goes on to the next. Between
-them it may give a DataWarning about data that can be used, but are likely not what their makers meant.
+them it may give a Notice about data that can be used, but are likely not what their makers meant.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,9 +11,9 @@ import numpy as np
 
 from offline_cai.core import Episode, Spec
 from offline_cai.data.checks import check_episode, is_clean, oddities
-from offline_cai.errors import DataWarning, UserError
+from offline_cai.errors import Notice, UserError
 
-Reading = Episode | UserError | DataWarning
+Reading = Episode | UserError | Notice
 BLOCK = 256  # readings that are packed and checked together
 
 
@@ -63,7 +63,7 @@ class Intake:
     def _episodes(self, block: Iterable[Reading]) -> Iterator[tuple[int, Episode]]:
         """The episodes of a block with their numbers in the source."""
         for reading in block:
-            if isinstance(reading, DataWarning):
+            if isinstance(reading, Notice):
                 self.warnings.append(str(reading))
                 continue
             if isinstance(reading, UserError):

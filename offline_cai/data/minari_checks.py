@@ -11,7 +11,7 @@ from offline_cai.data import minari_hdf5
 from offline_cai.data.checks import both_flags, some
 from offline_cai.data.intake import Reading
 from offline_cai.data.minari_hdf5 import RawEpisode
-from offline_cai.errors import DataWarning, UserError
+from offline_cai.errors import Notice, UserError
 from offline_cai.files import read_json
 
 KEYS = ("total_episodes", "total_steps", "data_format", "minari_version", "dataset_id")
@@ -69,16 +69,16 @@ def readings(
             without_flag.append(number)
         yield Episode(raw.obs, raw.action, raw.reward, terminal, raw.log_prob)
     if without_flag:
-        yield DataWarning(f"{some('episode', without_flag)} without an end flag: taken as cut by time.")
+        yield Notice(f"{some('episode', without_flag)} without an end flag: taken as cut by time.")
     for text in both_flags(both, terminals, cuts):
-        yield DataWarning(text)
+        yield Notice(text)
     if about is None:
         return
     if whole and steps != about["total_steps"]:
-        yield DataWarning(f"metadata.json counts {about['total_steps']} steps, and its episodes hold {steps}.")
+        yield Notice(f"metadata.json counts {about['total_steps']} steps, and its episodes hold {steps}.")
     held = episodes_held(folder / "data")
     if held > about["total_episodes"]:
-        yield DataWarning(
+        yield Notice(
             f"metadata.json counts {about['total_episodes']} episodes, and {held} are there: the others are not read, "
             "neither here nor by Minari. Correct 'total_episodes' if they belong to it."
         )

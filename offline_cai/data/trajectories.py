@@ -21,7 +21,7 @@ from scipy.signal import lfilter
 
 from offline_cai.core import Episode, Spec
 from offline_cai.data.intake import Intake, Reading
-from offline_cai.errors import DataWarning, UserError
+from offline_cai.errors import Notice, UserError
 
 FORMAT = 3
 FILES = {"rows": np.float32, "end": np.int64, "offsets": np.int64, "terminal": np.bool_}
@@ -154,7 +154,7 @@ class Trajectories:
     ) -> None:
         """Write episodes to a new store, whole or not at all, in bounded memory. A store that is there already is kept.
 
-        What is odd in the data is given as a DataWarning and kept as `info["warnings"]`. With `repair` damaged episodes
+        What is odd in the data is given as a Notice and kept as `info["warnings"]`. With `repair` damaged episodes
         are left out, and `info["dropped"]` says which and why.
 
         Raises:
@@ -238,7 +238,7 @@ def _mapped(file: Path, dtype: type, shape: Sequence[int]) -> np.ndarray:
 
 
 def _noted(intake: Intake, info: dict[str, Any]) -> dict[str, Any]:
-    """`info` with what an intake noted; what is new to it is given as a DataWarning too."""
+    """`info` with what an intake noted; what is new to it is given as a Notice too."""
     known = info.get("warnings", [])
     told = [text for text in intake.warnings if text not in known]
     out = info | ({"warnings": known + told} if known + told else {})
@@ -247,7 +247,7 @@ def _noted(intake: Intake, info: dict[str, Any]) -> dict[str, Any]:
     if intake.dropped:
         told.insert(0, f"left out {len(intake.dropped)} damaged episodes; the first: {intake.dropped[0]}")
     for text in told:
-        warnings.warn(f"{intake.source}: {text}", DataWarning, stacklevel=4)
+        warnings.warn(f"{intake.source}: {text}", Notice, stacklevel=4)
     return out
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from offline_cai import __version__, algorithms, config
 from offline_cai.core import Algorithm, Spec
-from offline_cai.errors import UserError
+from offline_cai.errors import Notice, UserError
 from offline_cai.files import read_json
 
 FORMAT = 2
@@ -64,7 +64,7 @@ def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor],
         (temporary / "state" / "state.json").write_text(json.dumps({"step": step, **state}))
         manifest = {name: _digest(temporary / name) for name in sorted(FILES)}
         data = {"format": FORMAT, "version": __version__, "step": step, "sha256": manifest}
-        (temporary / "manifest.json").write_text(json.dumps(data, indent=1))
+        (temporary / "manifest.json").write_text(json.dumps({**data, "own sha256": _own_digest(data)}, indent=1))
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         if target.exists():
@@ -101,6 +101,10 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -135,7 +139,7 @@ def find(path: Path | str) -> Path:
         if not fault:
             return checkpoint
         if number < len(found):
-            warnings.warn(f"{fault} The one before it is taken instead.", stacklevel=2)
+            warnings.warn(f"{fault} The one before it is taken instead.", Notice, stacklevel=2)
     raise UserError(f"no checkpoint of {path} can be used: {fault}")
 
 
@@ -156,6 +160,7 @@ def verify(path: Path) -> int:
     """
     try:
         manifest = read_json(path / "manifest.json", "format", "step", "sha256")
+        own = manifest.pop("own sha256", None)
         if manifest["format"] != FORMAT:
             raise UserError(
                 f"the checkpoint {path} has format {manifest['format']!r}, and this version reads {FORMAT}: use it "
@@ -163,6 +168,8 @@ def verify(path: Path) -> int:
             )
         if set(manifest["sha256"]) != FILES:
             raise UserError(f"{path / 'manifest.json'} does not list {', '.join(sorted(FILES))}: it is damaged.")
+        if own != _own_digest(manifest):
+            raise UserError(f"{path / 'manifest.json'} differs from what was written: the checkpoint is damaged.")
         for name, digest in dict(manifest["sha256"]).items():
             if _digest(path / name) != digest:
                 raise UserError(f"{path / name} differs from what was written: the checkpoint is damaged.")

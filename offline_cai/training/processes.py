@@ -34,7 +34,7 @@ def join(training: TrainingConfig, asked: int | None = None) -> Accelerator:
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=_precision(training, cpu),
-        log_with=list(training.trackers),
+        log_with=list(training.trackers) or None,
         project_dir=".",  # the run's folder takes its place when the first process has chosen one
     )
     if accelerator.num_processes != (asked or started):

@@ -10,7 +10,7 @@ import torch
 from offline_cai.core import Box, Discrete, Episode, Field, Spec
 from offline_cai.data import arrays
 from offline_cai.data.trajectories import Trajectories, digests
-from offline_cai.errors import DataWarning, UserError
+from offline_cai.errors import Notice, UserError
 
 SPEC = Spec((Field("position", 2), Field("goal", 1)), Box((-1.0,), (1.0,)), dt=0.1)
 
@@ -147,7 +147,7 @@ def test_repair_leaves_damaged_episodes_out(tmp_path: Path) -> None:
     path = save(tmp_path / "bad.npz", observations=observations)
     with pytest.raises(UserError, match=r"episode 1: 'observations' hold nan at row 4"):
         arrays.trajectories(path)
-    with pytest.warns(DataWarning, match="1 damaged"):
+    with pytest.warns(Notice, match="1 damaged"):
         repaired = arrays.trajectories(path, repair=True)
     assert repaired.lengths.tolist() == [3, 1] and len(repaired.info["dropped"]) == 1
 

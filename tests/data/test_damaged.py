@@ -13,7 +13,7 @@ from offline_cai.core import Episode
 from offline_cai.data import catalogue, d4rl
 from offline_cai.data.cache import cache_root
 from offline_cai.data.trajectories import Trajectories, verify
-from offline_cai.errors import DataWarning, UserError
+from offline_cai.errors import Notice, UserError
 
 
 class Damage(NamedTuple):
@@ -194,10 +194,10 @@ def test_no_damage_is_silent(kind: str, damage: Damage, copy: Path, recwarn: pyt
     named = copy / ("own/y-v0" if kind == "minari" else "own.hdf5")
     name = "own/y-v0" if kind == "minari" else str(named)
     before = [Episode(*map(np.array, episode)) for episode in catalogue.trajectories(name).episodes()]
-    assert not [one for one in recwarn if issubclass(one.category, DataWarning)]
+    assert not [one for one in recwarn if issubclass(one.category, Notice)]
     damage.do(named / "data" / "main_data.hdf5" if kind == "minari" else named)
     if damage.warning:
-        with pytest.warns(DataWarning, match=damage.words) as given:
+        with pytest.warns(Notice, match=damage.words) as given:
             store = catalogue.trajectories(name)
         assert str(given[0].message).startswith(f"dataset {store.info['dataset']!r} ({named}): ")
         assert [str(one.message).partition("): ")[2] for one in given] == store.info["warnings"]
@@ -266,7 +266,7 @@ def test_damage_in_arrow_storage_is_local_too(copy: Path) -> None:
     (data / "1" / "metadata.json").write_text('{"id": 1, "total_steps": 30}')
     with pytest.raises(UserError, match=r"arrow-v0.*, episode 1: .*counts 30 steps"):
         catalogue.validate("own/arrow-v0")
-    with pytest.warns(DataWarning, match="left out 2 damaged episodes"):
+    with pytest.warns(Notice, match="left out 2 damaged episodes"):
         store = catalogue.trajectories("own/arrow-v0", repair=True)
     assert store.lengths.tolist() == [5, 4]
     assert ["episode 1" in store.info["dropped"][0], "episode 2" in store.info["dropped"][1]] == [True, True]
@@ -290,6 +290,6 @@ def test_episodes_of_anyone_are_checked_for_type_too(store: Trajectories) -> Non
     for episode in bad:
         with pytest.raises(UserError, match=r"the data, episode 1: .*(not numbers|different lengths)"):
             Trajectories.from_episodes(store.spec, [sound, episode])
-    with pytest.warns(DataWarning, match="left out 4 damaged episodes; the first: the data, episode 0: rewards hold"):
+    with pytest.warns(Notice, match="left out 4 damaged episodes; the first: the data, episode 0: rewards hold"):
         left = Trajectories.from_episodes(store.spec, [*bad, sound, store.episode(1)], repair=True)
     assert left.lengths.tolist() == [5, 1] and len(left.info["dropped"]) == 4

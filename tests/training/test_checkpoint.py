@@ -85,6 +85,8 @@ def rewrite(path: Path, change) -> None:  # type: ignore[no-untyped-def]
     file.write_text(json.dumps(data))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["sha256"]["export/config.json"] = checkpoint._digest(file)
+    del manifest["own sha256"]
+    manifest["own sha256"] = checkpoint._own_digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
