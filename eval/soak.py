@@ -17,6 +17,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CONFIG = ["debug-bc", "--quiet", "--training.trackers", "[]", "--training.ema", "0.9", "--training.keep", "3"]
-STEPS = 60
+FLAGS = ["--quiet", "--training.trackers", "[]", "--training.ema", "0.9", "--training.keep", "3"]
+STEPS = 30
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["offline_cai.commands", "torch._dynamo", "torch.distributed.fsdp", "gymnasium_robotics", "soak"]
@@ -54,9 +55,10 @@ def train(log: str, environment: dict[str, str], fault: str, arguments: list[str
 class Run:
     """A run in a folder of its own: started, killed, resumed, compared."""
 
-    def __init__(self, root: Path, name: str, *flags: str, processes: int = 1) -> None:
+    def __init__(self, root: Path, name: str, *flags: str, processes: int = 1, config: str = "debug-bc") -> None:
         self.folder, self.log = root / name, root / f"{name}.log"
-        self._command = ["train", *CONFIG, "--training.steps", str(STEPS), *flags, "--output", str(self.folder)]
+        steps = ["--training.steps", str(STEPS)]
+        self.command = ["train", config, *FLAGS, *steps, *flags, "--output", str(self.folder)]
         self._processes = processes
 
     def start(self, fault: str = "") -> list[Any]:
@@ -68,7 +70,7 @@ class Run:
                 count = str(self._processes)
                 shared = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
                 shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            arguments = (str(self.log), shared, fault, [*self._command, "--resume"])
+            arguments = (str(self.log), shared, fault, [*self.command, "--resume"])
             children.append(FORKS.Process(target=train, args=arguments))
             children[-1].start()
         return children
@@ -142,7 +144,7 @@ def fault_crash(at: str) -> None:
 
 
 def fault_nan(at: str) -> None:
-    """A NaN in the batch of one step: always ("30"), or at the first visit only ("30 once")."""
+    """A NaN in the batch of one step: always ("15"), or at the first visit only ("15 once")."""
     from offline_cai.training import sources
 
     step_at, *once = at.split()
@@ -156,6 +158,17 @@ def fault_nan(at: str) -> None:
         return batch
 
     sources.OfflineSource.__call__ = spoiled  # type: ignore[method-assign]
+
+
+def fault_float64(_: str) -> None:
+    """Train in float64."""
+    import torch
+
+    from offline_cai.training import loop
+
+    original = loop.build
+    torch.set_default_dtype(torch.float64)
+    loop.build = lambda *arguments: original(*arguments).double()  # type: ignore[assignment]
 
 
 def fault_full(at: str) -> None:
@@ -192,7 +205,7 @@ def fault_slow(seconds: str) -> None:
 class Soak:
     def __init__(self, root: Path, seed: int = 0) -> None:
         self.root, self.random = root, random.Random(seed)
-        self.flags = ["--training.checkpoint_every", "2", "--training.evaluate_every", "30"]
+        self.flags = ["--training.checkpoint_every", "2", "--training.evaluate_every", "15"]
         self.flags += ["--training.evaluate_episodes", "2"]
 
     def undisturbed(self, name: str, *flags: str, processes: int = 1) -> tuple[tuple[Any, ...], float]:
@@ -355,14 +368,14 @@ class Soak:
         return {"pickles": len(checkpoint.FILES) + 1, "executed": executed, "refusals": refused}
 
     def nan(self) -> dict[str, Any]:
-        """A NaN in the batch of step 30, with each `on_divergence`."""
+        """A NaN in the batch of step 15, with each `on_divergence`."""
         out = {}
-        for policy, fault in (("stop", "30"), ("skip", "30"), ("rollback", "30 once"), ("rollback", "30")):
+        for policy, fault in (("stop", "15"), ("skip", "15"), ("rollback", "15 once"), ("rollback", "15")):
             name = f"nan-{policy}-{fault[3:] or 'always'}"
-            run = Run(self.root, name, "--training.on_divergence", policy, "--training.checkpoint_every", "20")
+            run = Run(self.root, name, "--training.on_divergence", policy, "--training.checkpoint_every", "10")
             status = run.finish(f"nan:{fault}")
             rows = run.result()[1]
-            named = "diverged after 30 steps: loss is nan" in run.said()
+            named = "diverged after 15 steps: loss is nan" in run.said()
             out[name] = {"status": status, "last row": rows[-1]["step"], "named": named}
         return out
 
@@ -378,6 +391,27 @@ class Soak:
         intact = checkpoint.find(run.folder).name == f"step-{10 * (at - 1):08d}"
         exact = run.finish() == 0 and run.result() == wanted
         return {"status": status, "said": said, "old checkpoint intact": intact, "bit-exact resume": exact}
+
+    def ways(self) -> dict[str, Any]:
+        """The ways to start two processes: they meet, say so, and train as the forked ones do."""
+        wanted, _ = self.undisturbed("whole-ways", processes=2)
+        torchrun = [sys.executable, "-m", "torch.distributed.run"]
+        ours = ["-m", "offline_cai"]
+        agent = [*torchrun, "--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{_free_port()}"]
+        starts = {
+            "train --processes 2": ([sys.executable, *ours], ["--processes", "2"], 1),
+            "torchrun --nproc_per_node 2": ([*torchrun, "--standalone", "--nproc_per_node", "2", *ours], [], 1),
+            "two torchrun agents": ([*agent, "--nproc_per_node", "1", *ours], [], 2),
+        }
+        out = {}
+        for name, (launcher, flags, agents) in starts.items():
+            run = Run(self.root, name.replace(" ", "-"))
+            command = [*launcher, *(word for word in run.command if word != "--quiet"), *flags]
+            with run.log.open("w") as log:
+                started = [subprocess.Popen(command, stdout=log, stderr=log) for _ in range(agents)]
+                codes = [process.wait(300) for process in started]
+            out[name] = codes == [0] * agents and "2 processes, gloo" in run.said() and run.result() == wanted
+        return out
 
     def curves(self) -> dict[str, Any]:
         """The learning rates of one process and of two."""
@@ -414,8 +448,9 @@ def main() -> None:
             "malicious pickle": soak.malice,
             "SIGTERM": lambda: soak.signals(3 if short else 20),
             "second signal": soak.second_signal,
-            "NaN at step 30": soak.nan,
+            "NaN at step 15": soak.nan,
             "disk full": soak.disk_full,
+            "starts of two processes": soak.ways,
             "learning rates of 1 and 2 processes": soak.curves,
         }
         for name, trial in trials.items():
