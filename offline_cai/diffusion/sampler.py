@@ -1,15 +1,90 @@
 """Samplers of the reverse process. Each is one function, named after its paper's algorithm.
 
-They take a denoiser D(x_k, k) -> x_0 and impose the known rows at every level, as the denoiser was trained.
+They take a denoiser D(x_k, k) -> x_0 and impose the known rows at every level, as the denoiser was trained. A guide
+(`guidance.py`) may replace what is believed of x_0 at each step.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from offline_cai import seeding
-from offline_cai.core import Denoiser, Known
+from offline_cai.core import Known
+from offline_cai.diffusion.residual import Residual, Spread
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
+
+ReverseVariance = Literal["posterior", "beta", "analytic"]
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""x_k [N, R, D] and levels [N] to x_0 [N, R, D]: a `core.Denoiser` whose condition, if any, is given."""
+
+
+class Belief(NamedTuple):
+    """N(mean, spread) over x_0, given x_k; without a spread, its mean alone."""
+
+    mean: Tensor  # [N, R, D]
+    spread: Spread | None = None
+
+
+class Guided(NamedTuple):
+    """What a guide makes of x_k: the denoiser's belief, the belief given the evidence, and log E[exp(evidence) | x_k]."""
+
+    prior: Belief
+    posterior: Belief
+    log_evidence: Tensor  # [N] nats, the guide's own estimate
+
+
+class Step(NamedTuple):
+    """A reverse step x_next ~ q(x_next | x, x_0) of Song et al. 2021 (DDIM), equation 7, from level k to `following`."""
+
+    number: int
+    level: int
+    following: int  # -1 is clean data
+    abar: Tensor  # []
+    abar_next: Tensor  # []
+    direction: Tensor  # []: of the noise that x seems to hold in the mean of x_next
+    variance: Tensor  # [], of x_next given x and x_0
+    posterior_variance: Tensor  # [], DDPM's, whatever `variance` is
+    analytic: bool  # whether the spread of x_0 goes into the noise
+    residual: Spread | None
+    known: Known
+
+    @property
+    def k(self) -> Tensor:
+        """The level, [N]."""
+        return torch.full((len(self.known.value),), self.level, device=self.known.value.device)
+
+    @property
+    def clean(self) -> Tensor:
+        """The weight of x_0 in the mean of x_next, []."""
+        return self.abar_next.sqrt() - self.direction * self.abar.sqrt() / (1 - self.abar).sqrt()
+
+    def mean(self, x: Tensor, clean: Tensor) -> Tensor:
+        """E[x_next | x, x_0 = clean], [N, R, D]."""
+        noise = (x - self.abar.sqrt() * clean) / (1 - self.abar).sqrt()
+        return self.abar_next.sqrt() * clean + self.direction * noise
+
+    def spread(self, belief: Belief) -> Spread | None:
+        """The covariance of x_next given x, under what is believed of x_0; None for none."""
+        if self.analytic and belief.spread is not None:
+            return belief.spread.scaled(self.clean, self.variance)
+        if self.variance == 0:
+            return None
+        return Spread.isotropic(self.variance, (~self.known.mask[0]).flatten().to(self.known.value))
+
+
+Guide = Callable[[Denoise, Tensor, Step], Guided]
+"""The denoiser, x_k [N, R, D] and the step to a belief about x_0; the functions of `guidance.py`, with their evidence."""
+
+
+def unguided(denoise: Denoise, x: Tensor, step: Step) -> Guided:
+    """The denoiser's own belief: no evidence."""
+    belief = Belief(denoise(x, step.k), step.residual)
+    return Guided(belief, belief, x.new_zeros(len(x)))
 
 
 def levels_of(schedule: Schedule, steps: int) -> list[int]:
@@ -25,9 +100,63 @@ def levels_of(schedule: Schedule, steps: int) -> list[int]:
     return [round(schedule.levels * (1 - i / steps)) - 1 for i in range(steps)]
 
 
+def walk(
+    schedule: Schedule,
+    known: Known,
+    steps: int,
+    eta: float = 1.0,
+    reverse_variance: ReverseVariance = "posterior",
+    residual: Residual | None = None,
+) -> Iterator[Step]:
+    """The reverse steps of a sampler, from noise to clean data.
+
+    `reverse_variance` is the noise that a step adds: `posterior` is the variance of x_next given x and x_0 (times eta²),
+    `beta` the forward process's own (Ho et al. 2020, section 3.2, the two choices there), and `analytic` adds to the
+    first what the residual covariance says of x_0, the optimum (Bao et al. 2022, theorem 1) and exact for Gaussian data.
+    The last step is free of noise but for `analytic`.
+
+    Raises:
+        UserError: the residual covariance is missing, or belongs to other rows, levels or conditions.
+    """
+    if reverse_variance not in ("posterior", "beta", "analytic"):
+        raise UserError(f"reverse_variance is {reverse_variance!r}; take posterior, beta or analytic.")
+    if reverse_variance == "analytic" and residual is None:
+        raise UserError("reverse_variance is analytic, but no residual covariance is given: see residual.measure.")
+    if residual is not None:
+        residual.check(schedule, known)
+        residual = residual.to(known.value)
+    levels = levels_of(schedule, steps)
+    abar = torch.cat([schedule.abar, torch.ones_like(schedule.abar[:1])])  # abar[-1] is clean data
+    for number, (level, following) in enumerate(zip(levels, [*levels[1:], -1], strict=True)):
+        a, b = abar[level], abar[following]
+        posterior = (1 - b) / (1 - a) * (1 - a / b)
+        variance = (eta * posterior.sqrt()) ** 2
+        direction = (1 - b - variance).clamp(min=0).sqrt()
+        if reverse_variance == "beta" and following >= 0:
+            variance = 1 - a / b
+        analytic = reverse_variance == "analytic"
+        left = None if residual is None else residual.at(level)
+        yield Step(number, level, following, a, b, direction, variance, posterior, analytic, left, known)
+
+
+def bounded(denoiser: Denoise, known: Known, clip: float | None) -> Denoise:
+    """The denoiser with its estimate within [-clip, clip] and the known numbers as they are known."""
+
+    def denoise(x: Tensor, k: Tensor) -> Tensor:
+        clean = denoiser(x, k)
+        return known.impose(clean if clip is None else clean.clamp(-clip, clip))
+
+    return denoise
+
+
+def first_noise(known: Known, key: Tensor) -> Tensor:
+    """x at the highest level, [N, R, D]."""
+    return known.impose(seeding.normal(key, tuple(known.value.shape[1:]), dtype=known.value.dtype))
+
+
 @torch.no_grad()
 def ddim(
-    denoiser: Denoiser,
+    denoiser: Denoise,
     schedule: Schedule,
     known: Known,
     key: Tensor,
@@ -35,6 +164,10 @@ def ddim(
     eta: float = 0.0,
     clip: float | None = 1.0,
     trace: list[Tensor] | None = None,
+    *,
+    reverse_variance: ReverseVariance = "posterior",
+    guide: Guide = unguided,
+    residual: Residual | None = None,
 ) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16): rows [N, R, D] in the model's space.
 
@@ -45,23 +178,19 @@ def ddim(
         eta: 0 is deterministic given the first noise; 1 has the variance of DDPM's posterior.
         clip: bound on the estimate of x_0, None for no bound.
         trace: if given, the first noise and x after each step are appended to it.
+        reverse_variance: see `walk`.
+        guide: replaces what is believed of x_0 at each step; see `guidance.py`.
+        residual: the denoiser's residual covariance, for the guides and the variance that need it.
     """
-    shape = tuple(known.value.shape[1:])
-    x = known.impose(seeding.normal(key, shape, dtype=known.value.dtype))
+    x, denoise = first_noise(known, key), bounded(denoiser, known, clip)
     if trace is not None:
         trace.append(x)
-    levels = levels_of(schedule, steps)
-    for step, (level, following) in enumerate(zip(levels, [*levels[1:], -1], strict=True)):
-        k, k_next = torch.full_like(key, level), torch.full_like(key, following)
-        abar, abar_next = schedule.abar_at(k), schedule.abar_at(k_next)
-        clean = denoiser(x, k)
-        if clip is not None:
-            clean = clean.clamp(-clip, clip)
-        noise = (x - abar.sqrt() * clean) / (1 - abar).sqrt()
-        sigma = eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt()
-        x = abar_next.sqrt() * clean + (1 - abar_next - sigma**2).clamp(min=0).sqrt() * noise
-        if eta > 0 and following >= 0:
-            x = x + sigma * seeding.normal(key, shape, stream=step + 1, dtype=x.dtype)
+    for step in walk(schedule, known, steps, eta, reverse_variance, residual):
+        belief = guide(denoise, x, step).posterior
+        spread = step.spread(belief)
+        x = step.mean(x, belief.mean)
+        if spread is not None:
+            x = x + spread.draw(seeding.normal(key, tuple(x.shape[1:]), stream=step.number + 1, dtype=x.dtype))
         x = known.impose(x)
         if trace is not None:
             trace.append(x)
@@ -69,15 +198,62 @@ def ddim(
 
 
 def ddpm(
-    denoiser: Denoiser,
+    denoiser: Denoise,
     schedule: Schedule,
     known: Known,
     key: Tensor,
     clip: float | None = 1.0,
     trace: list[Tensor] | None = None,
+    *,
+    steps: int | None = None,
+    reverse_variance: ReverseVariance = "posterior",
+    guide: Guide = unguided,
+    residual: Residual | None = None,
 ) -> Tensor:
-    """DDPM (Ho et al. 2020, algorithm 2, posterior variance): rows [N, R, D]; one step per level.
+    """DDPM (Ho et al. 2020, algorithm 2): rows [N, R, D]; one step per level, or fewer.
 
-    It is DDIM at eta = 1 on all levels (Song et al. 2021, section 4.1). Arguments as in `ddim`.
+    It is DDIM at eta = 1 (Song et al. 2021, section 4.1). Arguments as in `ddim`.
     """
-    return ddim(denoiser, schedule, known, key, schedule.levels, eta=1.0, clip=clip, trace=trace)
+    steps = schedule.levels if steps is None else steps
+    options = {"reverse_variance": reverse_variance, "guide": guide, "residual": residual}
+    return ddim(denoiser, schedule, known, key, steps, 1.0, clip, trace, **options)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def dpm_solver(
+    denoiser: Denoise,
+    schedule: Schedule,
+    known: Known,
+    key: Tensor,
+    steps: int,
+    clip: float | None = 1.0,
+    trace: list[Tensor] | None = None,
+    *,
+    guide: Guide = unguided,
+    residual: Residual | None = None,
+) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): rows [N, R, D], deterministic given the first noise.
+
+    The second-order multistep solver of the equation that DDIM at eta = 0 solves to first order; its first and its last
+    step are DDIM's. Known numbers do not disturb its memory, for they are the denoiser's own estimate at every level.
+    Arguments as in `ddim`.
+    """
+    x, denoise = first_noise(known, key), bounded(denoiser, known, clip)
+    if trace is not None:
+        trace.append(x)
+    last, last_h = None, None
+    for step in walk(schedule, known, steps, eta=0.0, residual=residual):
+        clean = guide(denoise, x, step).posterior.mean
+        h = _half_log_snr(step.abar_next) - _half_log_snr(step.abar)
+        second = last is not None and step.following >= 0
+        ahead = clean + (clean - last) * h / (2 * last_h) if second else clean  # type: ignore[operator]
+        x = known.impose(step.mean(x, ahead))
+        last, last_h = clean, h
+        if trace is not None:
+            trace.append(x)
+    return x
+
+
+def _half_log_snr(abar: Tensor) -> Tensor:
+    """lambda = log(sqrt(abar) / sqrt(1 - abar)) of Lu et al. 2022b; infinite at clean data."""
+    return 0.5 * (abar / (1 - abar)).log()
