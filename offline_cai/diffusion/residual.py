@@ -125,8 +125,8 @@ class Residual(NamedTuple):
             plan, row, column = other[0].tolist()
             was, now = ("known", "free") if bool(self.mask[row, column]) else ("free", "known")
             raise UserError(
-                f"the residual covariance was measured with the number in row {row}, column {column} {was}, and in plan "
-                f"{plan} it is {now}: measure it for these conditions (residual.measure, or residual.wiener)."
+                f"the residual covariance was measured with the number in row {row}, column {column} {was}, and in "
+                f"plan {plan} it is {now}: measure it for these conditions (residual.measure, or residual.wiener)."
             )
 
 

@@ -31,15 +31,15 @@ class Belief(NamedTuple):
 
 
 class Guided(NamedTuple):
-    """What a guide makes of x_k: the denoiser's belief, the belief given the evidence, and log E[exp(evidence) | x_k]."""
+    """What a guide makes of x_k: the denoiser's belief, and the belief and the worth of x_k given the evidence."""
 
     prior: Belief
     posterior: Belief
-    log_evidence: Tensor  # [N] nats, the guide's own estimate
+    log_evidence: Tensor  # [N] nats, the guide's estimate of log E[exp(evidence of x_0) | x_k]
 
 
 class Step(NamedTuple):
-    """A reverse step x_next ~ q(x_next | x, x_0) of Song et al. 2021 (DDIM), equation 7, from level k to `following`."""
+    """A reverse step x_next ~ q(x_next | x, x_0) from `level` to `following` (DDIM: Song et al. 2021, equation 7)."""
 
     number: int
     level: int
@@ -78,7 +78,7 @@ class Step(NamedTuple):
 
 
 Guide = Callable[[Denoise, Tensor, Step], Guided]
-"""The denoiser, x_k [N, R, D] and the step to a belief about x_0; the functions of `guidance.py`, with their evidence."""
+"""The denoiser, x_k [N, R, D] and the step to a belief about x_0: a function of `guidance.py`, with its evidence."""
 
 
 def unguided(denoise: Denoise, x: Tensor, step: Step) -> Guided:
@@ -110,10 +110,10 @@ def walk(
 ) -> Iterator[Step]:
     """The reverse steps of a sampler, from noise to clean data.
 
-    `reverse_variance` is the noise that a step adds: `posterior` is the variance of x_next given x and x_0 (times eta²),
-    `beta` the forward process's own (Ho et al. 2020, section 3.2, the two choices there), and `analytic` adds to the
-    first what the residual covariance says of x_0, the optimum (Bao et al. 2022, theorem 1) and exact for Gaussian data.
-    The last step is free of noise but for `analytic`.
+    `reverse_variance` is the noise that a step adds. `posterior` is the variance of x_next given x and x_0, times eta²;
+    `beta` is the forward process's own (both: Ho et al. 2020, section 3.2); `analytic` adds to the first what the
+    residual covariance says of x_0, which is the optimum (Bao et al. 2022, theorem 1) and exact for Gaussian data. The
+    last step is free of noise but for `analytic`.
 
     Raises:
         UserError: the residual covariance is missing, or belongs to other rows, levels or conditions.

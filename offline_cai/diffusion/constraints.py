@@ -1,0 +1,198 @@
+"""Constraints on each row of a trajectory: as evidence they are barriers, and they can project onto what they allow.
+
+All of them look at some columns of a row, in the rows' units; `InUnits` puts them into raw units.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from offline_cai import seeding
+from offline_cai.core import Known
+from offline_cai.data.codec import Codec
+from offline_cai.diffusion.evidence import Evidence
+from offline_cai.errors import UserError
+
+ROUNDS = 1000  # of projections in turn, before constraints count as contradictory
+STARTS = 16  # points that they begin from
+SLACK = 1e-3  # of a constraint's width: a violation that counts as none
+
+
+class Constraint(Evidence, Protocol):
+    """Evidence that says by how much each row is outside, and where the nearest row inside is."""
+
+    width: float
+
+    def violation(self, x: Tensor) -> Tensor: ...  # [N, R, D] -> [N, R], a distance, positive outside
+    def project(self, x: Tensor) -> Tensor: ...  # [N, R, D] -> [N, R, D]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Barrier:
+    """log sigmoid(-violation / width) summed over rows: the log-probability that a doubtful observer finds it kept."""
+
+    columns: tuple[int, ...]
+    width: float
+    """How soft the border is as evidence, in the rows' units: a row on it pays log 2, one 4 widths inside 1/50 nat."""
+    noisy: ClassVar[bool] = False
+    quadratic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not self.width > 0:
+            raise UserError(f"the constraint's width is {self.width}; take a positive distance, its softness.")
+
+    def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
+        return logsigmoid(-self.violation(x) / self.width).sum(-1)
+
+    def violation(self, x: Tensor) -> Tensor:
+        return self._outside(x[..., list(self.columns)])
+
+    def project(self, x: Tensor) -> Tensor:
+        moved = x.clone()
+        moved[..., list(self.columns)] = self._nearest(x[..., list(self.columns)])
+        return moved
+
+    @abstractmethod
+    def _outside(self, x: Tensor) -> Tensor: ...  # [N, R, c] -> [N, R]
+
+    @abstractmethod
+    def _nearest(self, x: Tensor) -> Tensor: ...  # [N, R, c] -> [N, R, c]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfSpace(_Barrier):
+    """normal · x <= offset in every row."""
+
+    normal: tuple[float, ...]
+    offset: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_each("normal", self.normal, self.columns)
+        if not any(self.normal):
+            raise UserError("the half-space's normal is zero: give the direction that it bounds.")
+
+    def _outside(self, x: Tensor) -> Tensor:
+        normal = x.new_tensor(self.normal)
+        return (x @ normal - self.offset) / normal.norm()
+
+    def _nearest(self, x: Tensor) -> Tensor:
+        normal = x.new_tensor(self.normal)
+        return x - self._outside(x).clamp(min=0)[..., None] * normal / normal.norm()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inside(_Barrier):
+    """low <= x <= high in every row."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_each("low", self.low, self.columns)
+        _one_each("high", self.high, self.columns)
+        for column, low, high in zip(self.columns, self.low, self.high, strict=True):
+            if not low <= high:
+                raise UserError(f"the box allows column {column} from {low} to {high}, which is nothing: swap them.")
+
+    def _outside(self, x: Tensor) -> Tensor:
+        return torch.maximum(x.new_tensor(self.low) - x, x - x.new_tensor(self.high)).amax(-1)
+
+    def _nearest(self, x: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(x, x.new_tensor(self.low)), x.new_tensor(self.high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside(_Barrier):
+    """|x - centre| >= radius in every row: a circle (or ball) to avoid."""
+
+    centre: tuple[float, ...]
+    radius: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_each("centre", self.centre, self.columns)
+        if not self.radius > 0:
+            raise UserError(f"the circle's radius is {self.radius}; take a positive distance.")
+
+    def _outside(self, x: Tensor) -> Tensor:
+        return self.radius - (x - x.new_tensor(self.centre)).norm(dim=-1)
+
+    def _nearest(self, x: Tensor) -> Tensor:
+        away = x - x.new_tensor(self.centre)
+        distance = away.norm(dim=-1, keepdim=True)
+        first = torch.zeros_like(away)
+        first[..., 0] = 1.0  # from the very centre every way out is as short
+        out = torch.where(distance > 0, away / distance.clamp(min=torch.finfo(x.dtype).tiny), first)
+        return torch.where(distance < self.radius, x.new_tensor(self.centre) + self.radius * out, x)
+
+
+@dataclass(frozen=True)
+class ConstraintInUnits:
+    """A constraint on the selected observation in raw units, for a model's normalised rows."""
+
+    codec: Codec
+    constraint: Constraint
+    noisy: ClassVar[bool] = False
+    quadratic: ClassVar[bool] = False
+
+    @property
+    def width(self) -> float:
+        return self.constraint.width
+
+    def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
+        return self.constraint(self.codec.decode(x)[0], k, temperature)
+
+    def violation(self, x: Tensor) -> Tensor:
+        return self.constraint.violation(self.codec.decode(x)[0])
+
+    def project(self, x: Tensor) -> Tensor:
+        obs = self.codec.obs_norm.encode(self.constraint.project(self.codec.decode(x)[0]))
+        return torch.cat([x[..., : self.codec.actions], obs], -1)
+
+
+def check_feasible(constraints: Sequence[Constraint], known: Known) -> None:
+    """Whether each row can satisfy all constraints and what is known of it: by projecting onto one after the other.
+
+    For half-spaces and boxes this finds a point if there is one; for circles it nearly always does.
+
+    Raises:
+        UserError: it names the plan, the row and the constraint that stays violated.
+    """
+    value, mask = known
+    shape = tuple(value.shape[1:])
+    starts = seeding.normal(seeding.keys(0, 0, torch.arange(STARTS)), (len(value), *shape), dtype=value.dtype)
+    everywhere = Known(value.repeat(STARTS, 1, 1), mask.repeat(STARTS, 1, 1))
+    x = everywhere.impose(everywhere.value + starts.to(value.device).flatten(0, 1))
+
+    def missed() -> Tensor:
+        """Of the best start, in widths: [constraints, N, R]."""
+        parts = torch.stack([c.violation(x) / c.width for c in constraints]).unflatten(1, (STARTS, len(value)))
+        best = parts.amax(0).argmin(0)  # [N, R]
+        return parts.gather(1, best.expand(len(parts), 1, *best.shape))[:, 0]
+
+    for _ in range(ROUNDS):
+        if not constraints or bool((missed() <= SLACK).all()):
+            return
+        for constraint in constraints:
+            x = everywhere.impose(constraint.project(x))
+    number, plan, row = (missed() > SLACK).nonzero()[0].tolist()
+    violated = constraints[number]
+    raise UserError(
+        f"row {row} of plan {plan} cannot satisfy {type(violated).__name__} together with the other constraints and "
+        f"what is known of it; the nearest point misses by {float(missed()[number, plan, row]) * violated.width:.3g}. "
+        "Loosen one of them, or free the known number."
+    )
+
+
+def _one_each(name: str, numbers: tuple[float, ...], columns: tuple[int, ...]) -> None:
+    if len(numbers) != len(columns):
+        raise UserError(f"{name} has {len(numbers)} numbers for {len(columns)} columns; give one for each.")
