@@ -198,9 +198,15 @@ class Known(NamedTuple):
 
 
 class Denoiser(Protocol):
-    """D(x_k, k) -> x_0 in the codec's space; what the network below it predicts is its own affair."""
+    """D(x_k, k) -> x_0 in the codec's space; what the network below it predicts is its own affair.
 
-    def __call__(self, x: Tensor, k: Tensor) -> Tensor: ...  # [N, R, D], [N] int64 -> [N, R, D]
+    `condition` [N, C] is what a model was trained to be told (a return, say). A row that holds a NaN is not conditioned,
+    and None conditions no row.
+    """
+
+    def __call__(
+        self, x: Tensor, k: Tensor, condition: Tensor | None = None
+    ) -> Tensor: ...  # [N, R, D], [N] int64, [N, C] -> [N, R, D]
 
 
 class Plan(NamedTuple):

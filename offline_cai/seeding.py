@@ -50,6 +50,11 @@ def keys(seed: int, step: int, positions: Tensor) -> Tensor:
     return torch.from_numpy(_mix(positions.to(torch.int64).numpy() * _GOLDEN + key(seed, step)))
 
 
+def split(keys: Tensor, count: int) -> Tensor:
+    """`count` new keys for each of B keys: int64 [B, count], the first keys the same whatever the count."""
+    return _mix(_mix(keys)[:, None] + torch.arange(1, count + 1, device=keys.device) * _GOLDEN)
+
+
 def rng(seed: int, *parts: int) -> np.random.Generator:
     """A NumPy generator for (seed, *parts): draws that are not per sample, such as which rows make a batch."""
     return np.random.default_rng(_words(seed, *parts))

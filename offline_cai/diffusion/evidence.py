@@ -52,23 +52,20 @@ class Return:
 
 @dataclass(frozen=True)
 class Learned:
-    """A network's evidence for noised rows.
+    """A network's evidence for noised rows: log E[exp(return / temperature) | x_k], or what stands in for it.
 
-    A value network, regressed on returns as Diffuser's, gives units of reward: `nats=False`. An evidence network,
-    log E[exp(return / temperature) | x_k], is told the temperature and gives nats.
+    A value network, regressed on returns as Diffuser's, gives E[return | x_k] / temperature: too small (Jensen).
     """
 
     function: Callable[[Tensor, Tensor, float], Tensor]
-    """Rows [N, R, D], levels [N] and the temperature to [N]."""
-    nats: bool
+    """Rows [N, R, D], levels [N] and the temperature to nats [N]."""
     made_for: str
     """`fingerprint` of what it was trained beside: schedule, codec, known rows."""
     noisy: ClassVar[bool] = True
     quadratic: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
-        value = self.function(x, k, temperature)
-        return value if self.nats else value / temperature
+        return self.function(x, k, temperature)
 
     def check(self, made_for: str) -> None:
         """

@@ -21,16 +21,17 @@ def effective_sample_size(log_weight: Tensor) -> Tensor:
     return (2 * torch.logsumexp(log_weight, -1) - torch.logsumexp(2 * log_weight, -1)).exp()
 
 
-def systematic(log_weight: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def systematic(log_weight: Tensor, generator: torch.Generator | None = None, shift: Tensor | None = None) -> Tensor:
     """Indices `[..., K]` of a resampled population: one uniform shift of a regular comb (Kitagawa 1996).
 
-    Particle i is copied floor or ceil of K · w_i times, and K · w_i times on average.
+    Particle i is copied floor or ceil of K · w_i times, and K · w_i times on average. shift `[..., 1]` in (0, 1) stands
+    in for the generator's draw.
 
     Raises:
         ValueError: a population whose weights are all zero, a NaN or +inf, no particles.
     """
     _check("log_weight", log_weight)
-    return _comb(log_weight, _uniform(log_weight, 1, generator))
+    return _comb(log_weight, _uniform(log_weight, 1, generator) if shift is None else shift)
 
 
 def stratified(log_weight: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from offline_cai import seeding
 from offline_cai.core import Known
-from offline_cai.diffusion.sampler import ddim, ddpm, levels_of
+from offline_cai.diffusion.exact import ExactDenoiser, propagate
+from offline_cai.diffusion.residual import Residual
+from offline_cai.diffusion.sampler import ReverseVariance, ddim, ddpm, dpm_solver, levels_of
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
 from offline_cai.inference.gaussian import LinearGaussian
+from tests.diffusion.conftest import Problem, make_problem
 
 SHAPE = (3, 4, 2)
 KEY = seeding.keys(0, 0, torch.arange(SHAPE[0]))
@@ -41,9 +44,16 @@ def test_ddim_takes_diffusers_steps(kind: str, steps: int, eta: float) -> None:
     assert torch.allclose(ours, x, atol=1e-5)
 
 
-def test_ddpm_takes_diffusers_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", prediction_type="sample", variance_type="fixed_small")
-    theirs.set_timesteps(20)
+@pytest.mark.parametrize(
+    ("kind", "variance", "steps"),
+    [("fixed_small", "posterior", 20), ("fixed_small", "posterior", 5), ("fixed_large", "beta", 20)],
+)
+def test_ddpm_takes_diffusers_steps(
+    monkeypatch: pytest.MonkeyPatch, kind: str, variance: ReverseVariance, steps: int
+) -> None:
+    options = {"prediction_type": "sample", "variance_type": kind, "timestep_spacing": "trailing"}
+    theirs = DDPMScheduler(20, beta_schedule="squaredcos_cap_v2", **options)
+    theirs.set_timesteps(steps)
     x, stream = seeding.normal(KEY, SHAPE[1:], dtype=torch.float64), iter(range(1, 21))
 
     def noise(*args: object, **kwargs: object) -> Tensor:
@@ -52,7 +62,24 @@ def test_ddpm_takes_diffusers_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", noise)
     for t in theirs.timesteps:
         x = theirs.step(bend(x, torch.full((3,), int(t))), int(t), x).prev_sample
-    assert torch.allclose(ddpm(bend, Schedule(20), NOTHING, KEY), x, atol=1e-5)
+    ours = ddpm(bend, Schedule(20), NOTHING, KEY, steps=steps, reverse_variance=variance)
+    assert torch.allclose(ours, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_dpm_solver_takes_diffusers_steps(kind: str, steps: int) -> None:
+    name = {"cosine": "squaredcos_cap_v2", "linear": "linear"}[kind]
+    ends = {"beta_start": 0.1 / 20, "beta_end": 0.999}
+    options = {"prediction_type": "sample", "timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+    theirs = DPMSolverMultistepScheduler(20, beta_schedule=name, **ends, **options)
+    theirs.set_timesteps(steps)
+    assert levels_of(Schedule(20), steps) == theirs.timesteps.tolist()
+    x = seeding.normal(KEY, SHAPE[1:], dtype=torch.float64)
+    for t in theirs.timesteps:
+        x = theirs.step(bend(x, torch.full((3,), int(t))), t, x).prev_sample
+    ours = dpm_solver(bend, Schedule(20, kind), NOTHING, KEY, steps, clip=None)  # type: ignore[arg-type]
+    assert torch.allclose(ours, x, atol=2e-4)
 
 
 @pytest.mark.parametrize(("steps", "eta"), [(2, 0.0), (16, 0.0), (16, 1.0), (64, 1.0)])
@@ -104,9 +131,7 @@ def test_with_a_perfect_denoiser_the_law_of_samples_is_the_computed_one(steps: i
         noise_covariance=0.05 * torch.eye(2),
     )
     schedule, n, size = Schedule(64), 20_000, 4 * 3
-
-    def exact(x: Tensor, k: Tensor) -> Tensor:
-        return prior.denoise(x, float(schedule.abar_at(k[:1])))
+    exact = ExactDenoiser(prior, schedule)
 
     mean, covariance, one = torch.zeros(size).double(), torch.eye(size).double(), torch.eye(size).double()
     levels = levels_of(schedule, steps)
@@ -132,6 +157,46 @@ def test_with_a_perfect_denoiser_the_law_of_samples_is_the_computed_one(steps: i
         assert torch.allclose(covariance, prior.covariance, atol=0.06)
 
 
+def test_the_analytic_variance_is_right_at_any_number_of_steps_and_the_others_are_not(problem: Problem) -> None:
+    """KL of the sampler's law to the data's: one number per level (Analytic-DPM) helps, the whole matrix is exact."""
+    d = problem.denoiser
+    whole = d.residual
+    one = Residual(whole.basis[:, :, :0], whole.variance[:, :0], whole.variance.mean(1), whole.mask)
+
+    def kl(steps: int, variance: ReverseVariance, residual: Residual | None = None) -> float:
+        options = {"reverse_variance": variance, "residual": residual}
+        return problem.kl(*propagate(d, problem.schedule, d.known(1), steps, **options), d.law)  # type: ignore[arg-type]
+
+    for steps in (1, 4, 64):
+        assert kl(steps, "analytic", whole) < 1e-6
+    assert 1e-4 < kl(64, "analytic", one) < 0.5 * kl(64, "posterior") and kl(64, "beta") < kl(64, "posterior")
+    assert kl(64, "analytic", one) < kl(16, "analytic", one)
+
+
+def test_dpm_solver_converges_faster_than_ddim(problem: Problem) -> None:
+    """Both solve one equation; its solution by a thousand steps is the reference. Known rows do not disturb it."""
+    fine, coarse = make_problem(False, 1000).denoiser, problem.denoiser
+    denoiser = ExactDenoiser(problem.prior, fine.schedule, coarse.value, coarse.mask)
+    key, known = seeding.keys(5, 0, torch.arange(50)), coarse.known(50)
+    solution = ddim(denoiser, fine.schedule, known, key, 1000, clip=None)
+    for steps in (10, 20):
+        second = dpm_solver(denoiser, fine.schedule, known, key, steps, clip=None) - solution
+        first = ddim(denoiser, fine.schedule, known, key, steps, clip=None) - solution
+        assert second.square().mean() < 0.25 * first.square().mean()
+        assert (second.flatten(1)[:, ~problem.free] == 0).all()
+
+
+def test_imposing_what_is_known_on_an_unconditional_model_is_biased(problem: Problem) -> None:
+    """The denoiser has to have been told: with one that was not, no number of steps mends the law of the rest."""
+    d = problem.denoiser
+    options = {"reverse_variance": "analytic", "residual": d.residual}
+    for steps in (16, 64):
+        told = propagate(d, problem.schedule, d.known(1), steps, **options)  # type: ignore[arg-type]
+        whole = ExactDenoiser(problem.prior, problem.schedule)
+        replaced = propagate(whole, problem.schedule, d.known(1), steps, **options)  # type: ignore[arg-type]
+        assert problem.kl(*told, d.law) < 1e-6 and problem.kl(*replaced, d.law) > 0.2
+
+
 def test_known_rows_hold_at_every_step_and_are_seen_by_the_denoiser() -> None:
     value = torch.full(SHAPE, 0.25, dtype=torch.float64)
     mask = torch.zeros(SHAPE, dtype=torch.bool)
@@ -152,6 +217,16 @@ def test_a_plan_depends_on_its_own_key_only() -> None:
     both = ddpm(bend, Schedule(8), NOTHING, KEY)
     one = Known(NOTHING.value[1:2], NOTHING.mask[1:2])
     assert torch.equal(ddpm(bend, Schedule(8), one, KEY[1:2]), both[1:2])
+
+
+def test_the_reverse_variance_is_one_of_three(problem: Problem) -> None:
+    d, key = problem.denoiser, seeding.keys(0, 0, torch.arange(1))
+    with pytest.raises(UserError, match="reverse_variance is 'optimal'; take posterior, beta or analytic"):
+        ddpm(d, problem.schedule, d.known(1), key, reverse_variance="optimal")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="analytic, but no residual covariance is given"):
+        ddpm(d, problem.schedule, d.known(1), key, reverse_variance="analytic")
+    with pytest.raises(UserError, match="measured on 64 noise levels, but this schedule has 32"):
+        ddpm(d, Schedule(32), d.known(1), key, reverse_variance="analytic", residual=d.residual)
 
 
 @pytest.mark.parametrize("steps", [0, 9, -1])
