@@ -200,7 +200,7 @@ class Known(NamedTuple):
 class Denoiser(Protocol):
     """D(x_k, k) -> x_0 in the codec's space; what the network below it predicts is its own affair.
 
-    `condition` [N, C] is what a model was trained to be told (a return, say). A row that holds a NaN is not conditioned,
+    `condition` [N, C] is what a model was trained to be told (say, a return). A row holding a NaN is not conditioned,
     and None conditions no row.
     """
 
