@@ -4,14 +4,15 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from offline_cai.core import Spec
 from offline_cai.data.intake import Reading
 from offline_cai.data.trajectories import Trajectories
-from offline_cai.errors import UserError
+from offline_cai.errors import Notice, UserError
 
 
 def cache_root() -> Path:
@@ -56,8 +57,10 @@ def converted(
     key = fingerprint(source)
     path = cache_root() / "stores" / f"{name.replace('/', '--')}-{key}{'-repaired' if repair else ''}"
     if path.exists():
-        with suppress(UserError):  # a damaged store, or one of an older format, is only a cache: it is made anew
+        try:
             return Trajectories.open(path)
+        except UserError as error:  # a damaged store, or one of an older format, is only a cache
+            warnings.warn(f"{error} That is done now.", Notice, stacklevel=3)
         shutil.rmtree(path)
     if not path.exists():
         spec, episodes = read()

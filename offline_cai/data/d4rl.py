@@ -85,8 +85,8 @@ def _spec(file: Path, data: Arrays) -> Spec:
     try:
         with h5py.File(file, "r") as root:
             declared = root.attrs.get("offline_cai")
-    except Exception as error:  # h5py raises OSError, RuntimeError, KeyError, TypeError and others
-        raise UserError(f"{file}: its attribute 'offline_cai' cannot be read ({error}). Remove it.") from error
+    except Exception as error:  # h5py raises OSError, RuntimeError, TypeError and others
+        raise UserError(f"{file}: its attributes cannot be read ({error}). Write it again.") from error
     if declared is not None:
         return parse_spec(declared, f"{file}, attribute 'offline_cai'")
     obs, action = data["observations"].shape[1], data["actions"].shape[1]

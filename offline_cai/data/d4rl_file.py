@@ -123,7 +123,7 @@ def parse_spec(text: Any, where: str) -> Spec:
     """
     try:
         spec = Spec.from_json(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # JSON that holds something else raises KeyError, TypeError, RecursionError and others
         raise UserError(f"{where} is no spec ({type(error).__name__}: {error}). Mend or remove it.") from error
     names = [field.name for field in spec.obs]
     if len(set(names)) < len(names) or any(field.width < 0 for field in spec.obs):
