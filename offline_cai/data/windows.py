@@ -32,6 +32,14 @@ class Rows(NamedTuple):
         return cls(values, end, about, np.ndarray(len(values) - 1, two, values, 0, values.strides[:1]))
 
 
+def about_rows(trajectories: Trajectories, discount: float) -> np.ndarray:
+    """ABOUT [N], of the rows of a store."""
+    about, last = np.empty(len(trajectories.rows), ABOUT), trajectories.offsets[1:] - 1
+    about["returns"], about["exists"], about["terminal"] = trajectories.return_to_go(discount), True, False
+    about["exists"][last], about["terminal"][last - 1] = False, trajectories.terminal
+    return about
+
+
 class Cut:
     """Cuts windows of `horizon` blocks of `stride` steps out of rows."""
 
@@ -117,9 +125,7 @@ class Windows:
                 f"no episode holds a window of {horizon} x {stride} steps: the longest has "
                 f"{trajectories.lengths.max()}. Shorten the horizon or the stride, or allow padding."
             )
-        about, last = np.empty(len(trajectories.rows), ABOUT), trajectories.offsets[1:] - 1
-        about["returns"], about["exists"], about["terminal"] = trajectories.return_to_go(discount), True, False
-        about["exists"][last], about["terminal"][last - 1] = False, trajectories.terminal
+        about = about_rows(trajectories, discount)
         self._rows = Rows.of(np.ascontiguousarray(trajectories.rows), np.asarray(trajectories.end), about)
 
     def draw(self, rng: np.random.Generator, n: int) -> np.ndarray:
