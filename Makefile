@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export MPLBACKEND := Agg
 
-.PHONY: help demo test lint format bench bench-exactness bench-data wheel clean
+.PHONY: help demo test lint format soak bench bench-exactness bench-data bench-processes wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,13 +35,19 @@ format: $(READY)  ## Format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: bench-exactness bench-data  ## All benchmarks
+soak: $(READY)  ## Kill, damage and stop trainings, and compare what is resumed (about a quarter of an hour)
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak.py
+
+bench: bench-exactness bench-data bench-processes  ## All benchmarks
 
 bench-exactness: $(READY)  ## Exactness and cost of the inference core
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_exactness.py
 
 bench-data: $(READY)  ## Speed and memory of the data layer, against what it replaces
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_data.py
+
+bench-processes: $(READY)  ## What sharing a step between two processes costs
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_processes.py
 
 wheel: $(READY)  ## Build dist/*.whl
 	@rm -rf dist build

@@ -254,23 +254,24 @@ class Soak:
             shutil.rmtree(run.folder)
         return {"points of a save": points, "bit-exact resumes": exact}
 
-    def signals(self, count: int) -> dict[str, Any]:
-        """SIGTERM at a random moment of the steps."""
+    def signals(self, count: int, processes: int = 1) -> dict[str, Any]:
+        """SIGTERM at a random moment of the steps, to one process; all stop after the same step."""
         flags = ["--training.steps", "600", "--training.checkpoint_every", "1000"]
-        wanted, _ = self.undisturbed("whole-signal", *flags)
+        wanted, _ = self.undisturbed(f"whole-signal-{processes}", *flags, processes=processes)
         right = exact = 0
         slowest = 0.0
         for number in range(count):
-            run = Run(self.root, f"signal-{number}", *flags)
+            run = Run(self.root, f"signal-{processes}-{number}", *flags, processes=processes)
             children = run.start()
             while not (run.folder / "metrics.jsonl").exists() or not (run.folder / "metrics.jsonl").stat().st_size:
                 time.sleep(0.005)
             time.sleep(self.random.uniform(0, 0.3))
             began = time.monotonic()
-            os.kill(children[0].pid, signal.SIGTERM)
-            status = end(children)
+            os.kill(self.random.choice(children).pid, signal.SIGTERM)
+            end(children)
             slowest = max(slowest, time.monotonic() - began)
-            right += status == 143 and "interrupted: stopped at step" in run.said()
+            ended = [child.exitcode for child in children] == [143] * processes
+            right += ended and "interrupted: stopped at step" in run.said()
             exact += run.finish() == 0 and run.result() == wanted
             shutil.rmtree(run.folder)
         return {"signals": count, "status 143": right, "slowest seconds": round(slowest, 2), "bit-exact resumes": exact}
@@ -447,6 +448,7 @@ def main() -> None:
             "damaged file": lambda: soak.damage(200),
             "malicious pickle": soak.malice,
             "SIGTERM": lambda: soak.signals(3 if short else 20),
+            "SIGTERM to one of two": lambda: soak.signals(1 if short else 10, processes=2),
             "second signal": soak.second_signal,
             "NaN at step 15": soak.nan,
             "disk full": soak.disk_full,

@@ -54,6 +54,8 @@ def test_train_help_lists_the_fields_of_a_config() -> None:
         ),
         (["train"], r"name a CONFIG"),
         (["train", "debug-diffuser", "--resume", "x"], r"leave CONFIG and --output out"),
+        (["train", "debug-diffuser", "--processes", "0"], r"--processes is 0; it has to be at least 1"),
+        (["train", "debug-diffuser", "--resume"], r"--resume after a CONFIG needs --output"),
         (["train", "--resume", "nowhere"], r"nowhere holds no config.yaml"),
         (["train", "debug-diffuser", "--training.steps"], r"--training.steps needs a value"),
         (["train", "debug-diffuser", "extra"], r"unrecognized arguments: extra; see"),

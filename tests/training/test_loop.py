@@ -3,9 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +13,11 @@ from safetensors.torch import load_file
 from offline_cai import commands
 from offline_cai.data import minari
 from offline_cai.errors import Interrupted, UserError
-from offline_cai.training import checkpoint, experiment, loop, sources, trackers
+from offline_cai.evaluation import evaluate
+from offline_cai.interrupts import Interrupt
+from offline_cai.training import checkpoint, experiment, folder, loop, sources, trackers
 from offline_cai.training.experiment import Experiment
+from offline_cai.training.practice import Practice
 from offline_cai.training.state import TrainingState
 
 
@@ -94,30 +94,6 @@ def test_a_resumed_run_is_the_same_run(
     commands.train(commands.resumed(half, {}), half, resume=True, quiet=True)
     assert same(run, half)
     assert [row["step"] for row in trackers.read(half / "metrics.jsonl")] == [5, 10, 15, 20]
-
-
-def test_after_a_kill_the_last_checkpoint_resumes(exp: Experiment, run: Path, tmp_path: Path) -> None:
-    """Killed without warning after its first checkpoint, the run goes on from there and ends as if nothing happened."""
-    command = [
-        sys.executable,
-        "-m",
-        "offline_cai",
-        "train",
-        "debug-diffuser",
-        "--quiet",
-        "--output",
-        str(tmp_path / "k"),
-    ]
-    process = subprocess.Popen([*command, "--training.checkpoint_every", "1"])
-    deadline = time.monotonic() + 120
-    while not checkpoint.checkpoints(tmp_path / "k" / "checkpoints"):
-        assert process.poll() is None and time.monotonic() < deadline, "it should have reached a checkpoint"
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert int(checkpoint.find(tmp_path / "k").name[5:]) < 20, "it was killed in the middle"
-    commands.train(commands.resumed(tmp_path / "k", {}), tmp_path / "k", resume=True, quiet=True)
-    assert same(run, tmp_path / "k")
 
 
 def test_the_average_follows_its_definition(exp: Experiment, tmp_path: Path) -> None:
@@ -229,6 +205,112 @@ def test_two_processes_cannot_train_into_one_folder(exp: Experiment, run: Path, 
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"another process is training into .* \(it does not say which\)"):
             commands.train(commands.resumed(tmp_path / "r", {}), tmp_path / "r", resume=True, quiet=True)
+
+
+def test_evaluations_leave_training_alone_and_keep_the_best(
+    exp: Experiment, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {5: 3.0, 10: 1.0, 15: 2.0, 20: 2.5}
+
+    def score(self: Practice, weights: object, interrupt: object) -> dict[str, float]:
+        result = original(self, weights, interrupt)  # type: ignore[arg-type]
+        return {"score": scores[len(seen) * 5 + 5], "return": seen.append(result["return"]) or 0.0}  # type: ignore[func-returns-value]
+
+    original, seen = Practice.__call__, list[float]()
+    monkeypatch.setattr(Practice, "__call__", score)
+    commands.train(change(exp, evaluate_every=5, evaluate_episodes=4, keep=1), tmp_path / "r", quiet=True)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "r" / "checkpoints")]
+    assert names == ["step-00000005", "step-00000020"], "the last one and the best"
+    assert same(run, tmp_path / "r"), "no draw of training depends on an evaluation"
+    rows = trackers.read(tmp_path / "r" / "metrics.jsonl")
+    assert {row["step"]: row["score"] for row in rows if "score" in row} == scores
+    training = [trackers.timeless(row) for row in rows if "score" not in row]
+    assert training == [trackers.timeless(row) for row in trackers.read(run / "metrics.jsonl")]
+
+
+def test_an_evaluation_is_on_starts_of_its_own_and_repeats(exp: Experiment) -> None:
+    algorithm = loop.build(exp, minari.trajectories(exp.dataset))
+    practice = Practice.of(change(exp, evaluate_every=5, evaluate_episodes=6), algorithm)
+    assert practice is not None and Practice.of(exp, algorithm) is None
+    protocol = evaluate.protocol(exp.protocol or "")
+    assert practice._protocol.episodes == 6 and practice._protocol.environments == 2 and protocol.environments == 2
+    assert practice._protocol.seed != protocol.seed
+    state, idle = algorithm.state_dict(), Interrupt()
+    idle.asked = 0
+    assert practice(state, idle) == practice(state, idle)
+
+
+def test_a_stop_during_an_evaluation_is_made_up_for_by_the_resume(
+    exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = change(exp, evaluate_every=10, evaluate_episodes=2)
+    commands.train(config, tmp_path / "whole", quiet=True)
+    original = Practice.__call__
+
+    def stop(self: Practice, weights: object, interrupt: object) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, weights, interrupt)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Practice, "__call__", stop)
+    with pytest.raises(Interrupted, match="stopped at step 10 of 20") as stopped:
+        commands.train(config, tmp_path / "half", quiet=True)
+    assert stopped.value.status == 143 and "score" not in (tmp_path / "half" / "metrics.jsonl").read_text()
+    monkeypatch.undo()
+    commands.train(commands.resumed(tmp_path / "half", {}), tmp_path / "half", resume=True, quiet=True)
+    assert same(tmp_path / "whole", tmp_path / "half")
+    whole, half = (trackers.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "half"))
+    assert [trackers.timeless(row) for row in whole] == [trackers.timeless(row) for row in half]
+
+
+def test_shares_of_time_are_told(run: Path) -> None:
+    for row in trackers.read(run / "metrics.jsonl"):
+        shares = [row[f"share_{part}"] for part in ("data", "environment", "update", "evaluation", "checkpoint")]
+        assert row["steps_per_second"] > 0 and row["share_update"] > 0 and 0 <= sum(shares) <= 1.001
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"trackers": ("wandb",)}, "the tracker wandb is not installed: pip install wandb"),
+        ({"trackers": ("wandbb",)}, "there is no tracker 'wandbb'; did you mean 'wandb'"),
+        ({"evaluate_every": 0}, "evaluate_every is 0; it has to be at least 1"),
+        ({"clip": {"all": 0.0}}, "clip is 0.0; it has to be positive"),
+        ({"accumulate": 0}, "accumulate is 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_said(
+    training: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=words):
+        experiment.TrainingConfig(**training)  # type: ignore[arg-type]
+
+
+def test_an_evaluation_needs_a_protocol() -> None:
+    data = {"name": "x", "algorithm": "bc", "dataset": "d", "training": {"evaluate_every": 5}}
+    with pytest.raises(UserError, match=r"here: training\.evaluate_every needs a protocol"):
+        experiment.parse(data, "here")
+
+
+def test_a_checkpoint_of_another_algorithm_is_said(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "r")
+    with pytest.raises(UserError, match="of another experiment: its name is 'debug-diffuser', here it is 'debug-bc'"):
+        commands.train(experiment.load("debug-bc"), tmp_path / "r", resume=True, quiet=True)
+
+
+def test_a_folder_that_is_no_run_is_not_overwritten(exp: Experiment, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="is not empty and is not overwritten: name another"):
+        commands.train(exp, tmp_path, quiet=True)
+
+
+def test_a_live_run_is_named_by_its_process(tmp_path: Path) -> None:
+    with (
+        folder.locked(tmp_path / "r", main=True),
+        pytest.raises(UserError, match=rf"\(process {os.getpid()} on \S+\): wait"),
+        folder.locked(tmp_path / "r", main=True),
+    ):
+        pass
 
 
 def test_bad_metrics_are_named(tmp_path: Path) -> None:

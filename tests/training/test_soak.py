@@ -29,8 +29,8 @@ def test_a_crash_inside_a_save_loses_nothing_that_was_saved(soak: Soak) -> None:
     assert facts["bit-exact resumes"] == facts["points of a save"] > 2
 
 
-def test_sigterm_keeps_the_last_step_and_exits_with_143(soak: Soak) -> None:
-    facts = soak.signals(1)
+def test_sigterm_to_one_of_two_stops_both_with_143_and_keeps_the_last_step(soak: Soak) -> None:
+    facts = soak.signals(1, processes=2)
     assert facts["status 143"] == facts["bit-exact resumes"] == 1
 
 
