@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gymnasium.vector import VectorEnv
-
 from offline_cai import config
 from offline_cai.core import Policy, Spec
 from offline_cai.environments.actors import Actor, Mode
 from offline_cai.environments.behaviour import MazeController, Noisy, RandomPolicy
 from offline_cai.environments.maze2d import Maze
+from offline_cai.environments.vector import Environments
 from offline_cai.errors import UserError, did_you_mean
 from offline_cai.training import checkpoint
 
@@ -28,7 +27,7 @@ class Behaviour(Protocol):
         """A hash of the file that it acts from, None without one."""
         ...
 
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy: ...
+    def policy(self, environment: Environments, spec: Spec, seed: int) -> Policy: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Controller:
     name = "scripted maze controller"
     digest = None
 
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
+    def policy(self, environment: Environments, spec: Spec, seed: int) -> Policy:
         return MazeController(spec, _maze(environment), seed, **asdict(self))
 
 
@@ -60,7 +59,7 @@ class Random:
     name = "random"
     digest = None
 
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
+    def policy(self, environment: Environments, spec: Spec, seed: int) -> Policy:
         return RandomPolicy(spec, seed)
 
 
@@ -89,7 +88,7 @@ class FromFile:
     def _path(self) -> Path:
         return config.find(self.file, "datasets/actors")
 
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
+    def policy(self, environment: Environments, spec: Spec, seed: int) -> Policy:
         return _noisy(Actor(self._path, spec, seed, self.mode), spec, seed, self.gaussian, self.epsilon)
 
 
@@ -121,7 +120,7 @@ class FromRun:
             )
         return checkpoint.find(self.run)
 
-    def policy(self, environment: VectorEnv, spec: Spec, seed: int) -> Policy:
+    def policy(self, environment: Environments, spec: Spec, seed: int) -> Policy:
         algorithm = checkpoint.load(self._checkpoint)
         if (algorithm.spec.obs, algorithm.spec.action) != (spec.obs, spec.action):
             raise UserError(
@@ -140,8 +139,8 @@ BEHAVIOURS: Mapping[str, Callable[..., Behaviour]] = {
 }
 
 
-def _maze(environments: VectorEnv) -> Maze:
-    return Maze.of(environments.envs[0])  # type: ignore[attr-defined]
+def _maze(environments: Environments) -> Maze:
+    return Maze.of(environments.envs[0])
 
 
 def _noisy(policy: Policy, spec: Spec, seed: int, gaussian: float, epsilon: float) -> Policy:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from offline_cai import behaviours, config, provenance, seeding
 from offline_cai.core import Episode
 from offline_cai.data import minari, scores
-from offline_cai.environments.make import env_spec, make, vectorise
+from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.rollout import rollout
+from offline_cai.environments.vector import Environments
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation.evaluate import protocol
 from offline_cai.interrupts import Interrupt
@@ -266,8 +267,8 @@ def _collect_parts(recipe: Recipe, todo: list[Part], folder: Path, quiet: bool) 
     """All parts in order, the kept ones from the folder."""
     paths = [folder / f"part-{part.number:04d}.npz" for part in todo]
     kept = [_read(path, part.steps * recipe.environments) for path, part in zip(paths, todo, strict=True)]
-    envs = vectorise(lambda: make(recipe.environment, recipe.kwargs), recipe.environments)
-    spec, finished = env_spec(envs.envs[0]), []  # type: ignore[attr-defined]
+    envs = Environments(lambda: make(recipe.environment, recipe.kwargs), recipe.environments)
+    finished = []
     before = sum(part.steps * recipe.environments for part, have in zip(todo, kept, strict=True) if have)
     if before and not quiet:
         print(f"going on with {before} of {recipe.steps} steps that were collected before")
@@ -286,8 +287,8 @@ def _collect_parts(recipe: Recipe, todo: list[Part], folder: Path, quiet: bool) 
             for part, path, have in zip(todo, paths, kept, strict=True):
                 if have is None:
                     began = time.monotonic()
-                    policy = part.behaviour.policy(envs, spec, part.seed)
-                    episodes = rollout(envs, spec, policy, part.seed, steps=part.steps, progress=advance)
+                    policy = part.behaviour.policy(envs, envs.spec, part.seed)
+                    episodes = rollout(envs, envs.spec, policy, part.seed, steps=part.steps, progress=advance)
                     have = Collected(episodes, time.monotonic() - began)
                     _save(path, have)
                 finished.append(have)

@@ -1,4 +1,4 @@
-"""Gymnasium environments, alone and vectorised."""
+"""Gymnasium environments by name."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from offline_cai.core import Spec
 from offline_cai.environments.maze2d import Maze2DProtocol
@@ -53,13 +52,6 @@ def make(
     except (TypeError, ValueError, IndexError) as error:
         env.close()
         raise UserError(f"the wrapper {wrapper!r} does not take {options}: {error}") from None
-
-
-def vectorise(maker: Callable[[], gym.Env], count: int) -> VectorEnv:
-    """`count` copies of an environment in this process, reset by mask."""
-    if count < 1:
-        raise UserError(f"{count} environments were asked for; at least one is needed.")
-    return SyncVectorEnv([maker] * count, autoreset_mode=AutoresetMode.DISABLED)
 
 
 def env_spec(env: gym.Env) -> Spec:

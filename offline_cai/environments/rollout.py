@@ -1,15 +1,14 @@
 """Run a policy on vectorised environments and keep what happened."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import VectorEnv
 
 from offline_cai import seeding
 from offline_cai.core import Episode, Policy, Spec
+from offline_cai.environments.vector import Environments
 from offline_cai.errors import UserError
-from offline_cai.spaces import flatten, unflatten_action
 
 
 class _Recorder:
@@ -31,7 +30,7 @@ class _Recorder:
 
 
 def rollout(
-    envs: VectorEnv,
+    envs: Environments,
     spec: Spec,
     policy: Policy,
     seed: int,
@@ -47,11 +46,11 @@ def rollout(
     that is a function of (seed, i, j) alone. `progress` is told the number of new steps.
 
     Raises:
-        UserError: the policy gave actions of a wrong shape or that are not finite.
+        UserError: the policy gave actions of a wrong shape or that are not finite, or an environment failed.
     """
     if (episodes is None) == (steps is None):
         raise ValueError("give either episodes or steps: they are two ways to say when to stop.")
-    count = envs.num_envs
+    count = envs.count
     done: list[list[Episode]] = [[] for _ in range(count)]
     taken = np.zeros(count, dtype=int)
     active = np.ones(count, dtype=bool)
@@ -60,9 +59,8 @@ def rollout(
     recorders = [_Recorder(row) for row in obs]
     while active.any():
         action, log_prob = policy.act(obs)
-        _check(action, count, spec)
-        raw, reward, terminated, truncated, _ = envs.step(unflatten_action(envs.single_action_space, action))
-        obs = flatten(envs.single_observation_space, raw)
+        check_action(action, count, spec)
+        obs, reward, terminated, truncated = envs.step(action)
         ended = terminated | truncated
         progress(int(active.sum()))
         for i in np.flatnonzero(active):
@@ -72,26 +70,25 @@ def rollout(
                 done[i].append(recorders[i].episode(bool(terminated[i])))
                 active[i] = len(done[i]) < episodes if episodes is not None else taken[i] < (steps or 0)
         if ended.any():
-            obs = np.where(ended[:, None], _reset(envs, seed, [len(d) for d in done], ended), obs)
+            obs = envs.reset(episode_seeds(seed, [len(d) for d in done]), ended)
             policy.reset(ended)
             for i in np.flatnonzero(ended):
                 recorders[i] = _Recorder(obs[i])
     return [episode for episodes_of_one in done for episode in episodes_of_one]
 
 
-def starts(envs: VectorEnv, seed: int) -> np.ndarray:
+def starts(envs: Environments, seed: int) -> np.ndarray:
     """First observations [N, O] of episode 0 of each environment."""
-    return _reset(envs, seed, [0] * envs.num_envs, None)
+    return envs.reset(episode_seeds(seed, [0] * envs.count))
 
 
-def _reset(envs: VectorEnv, seed: int, numbers: list[int], mask: np.ndarray | None) -> np.ndarray:
-    seeds: list[int | None] = [seeding.seed_of(seed, i, number) for i, number in enumerate(numbers)]
-    options = None if mask is None else {"reset_mask": mask}
-    raw, _ = envs.reset(seed=seeds, options=options)  # type: ignore[arg-type]  # vector environments take a list
-    return flatten(envs.single_observation_space, raw)
+def episode_seeds(seed: int, episodes: Sequence[int], first: int = 0) -> list[int]:
+    """The seeds that environments, numbered from `first`, are reset with for the episodes of these numbers."""
+    return [seeding.seed_of(seed, i, number) for i, number in enumerate(episodes, start=first)]
 
 
-def _check(action: np.ndarray, count: int, spec: Spec) -> None:
+def check_action(action: np.ndarray, count: int, spec: Spec) -> None:
+    """Raise a UserError if these are no raw actions [count, A]."""
     if action.shape != (count, spec.action_width):
         raise UserError(f"the policy gave actions of shape {action.shape}, not {(count, spec.action_width)}.")
     if not np.isfinite(action).all():

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from offline_cai import config
 from offline_cai.core import Episode, Policy, Spec
 from offline_cai.data import scores
-from offline_cai.environments.make import env_spec, make, vectorise
+from offline_cai.environments.make import make
 from offline_cai.environments.rollout import rollout
+from offline_cai.environments.vector import Environments
 from offline_cai.errors import UserError
 from offline_cai.evaluation.statistics import Summary, summarise
 from offline_cai.spaces import require_same_spec
@@ -94,10 +95,9 @@ def evaluate(
         UserError: the environment is not what the policies were `trained_on`, or its episodes have no end.
     """
     low, high = scores.reference(protocol.score)
-    envs = vectorise(protocol.make, protocol.environments)
-    one = protocol.make()
-    spec, limit = env_spec(one), one.spec.max_episode_steps if one.spec else None
-    one.close()
+    envs = Environments(protocol.make, protocol.environments)
+    spec, about = envs.spec, envs.envs[0].spec
+    limit = about.max_episode_steps if about else None
     require_same_spec(trained_on, spec)
     if limit is None or limit < 1:
         raise UserError(f"{protocol.environment} has no limit of steps: give it one with kwargs.max_episode_steps.")

@@ -8,8 +8,9 @@ import torch
 from offline_cai import config
 from offline_cai.core import Box, Field, Spec
 from offline_cai.environments.actors import Actor
-from offline_cai.environments.make import env_spec, make, vectorise
+from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.rollout import rollout
+from offline_cai.environments.vector import Environments
 from offline_cai.errors import UserError
 
 SPEC = Spec((Field("observation", 3),), Box((-1.0, -2.0), (1.0, 2.0)))
@@ -168,8 +169,8 @@ def test_shipped_actors_are_looked_up_like_recipes(tmp_path: Path, monkeypatch: 
 
 
 def test_the_hopper_hops() -> None:
-    envs = vectorise(lambda: make("Hopper-v5"), 2)
-    spec = env_spec(envs.envs[0])  # type: ignore[attr-defined]
+    envs = Environments(lambda: make("Hopper-v5"), 2)
+    spec = env_spec(envs.envs[0])
     returns = {}
     for name in ("hopper-expert", "hopper-medium"):
         actor = Actor(config.find(name, "datasets/actors"), spec, 0, "deterministic")

@@ -3,9 +3,10 @@ import pytest
 
 from offline_cai.core import Box, Field, Spec
 from offline_cai.environments.behaviour import MazeController, Noisy, RandomPolicy
-from offline_cai.environments.make import env_spec, vectorise
+from offline_cai.environments.make import env_spec
 from offline_cai.environments.maze2d import Maze
 from offline_cai.environments.rollout import rollout
+from offline_cai.environments.vector import Environments
 from offline_cai.errors import UserError
 from offline_cai.evaluation.evaluate import protocol
 
@@ -13,7 +14,7 @@ from offline_cai.evaluation.evaluate import protocol
 @pytest.fixture(scope="module")
 def umaze():  # type: ignore[no-untyped-def]
     env = protocol("maze2d-umaze").make()
-    yield env_spec(env), Maze.of(env), vectorise(protocol("maze2d-umaze").make, 7)
+    yield env_spec(env), Maze.of(env), Environments(protocol("maze2d-umaze").make, 7)
     env.close()
 
 

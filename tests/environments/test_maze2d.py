@@ -2,8 +2,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from offline_cai.environments.make import env_spec, make, vectorise
+from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.maze2d import Maze
+from offline_cai.environments.vector import Environments
 from offline_cai.errors import UserError
 from offline_cai.evaluation.evaluate import protocol
 
@@ -14,7 +15,7 @@ def env() -> gym.Env:
 
 
 def test_cells_and_positions_are_the_environments(env: gym.Env) -> None:
-    maze, theirs = Maze.of(env), env.unwrapped.maze  # type: ignore[attr-defined]
+    maze, theirs = Maze.of(env), env.unwrapped.maze
     assert len(maze.free) == 7
     for cell in maze.free:
         assert np.allclose(maze.position(cell), theirs.cell_rowcol_to_xy(np.array(cell)))
@@ -36,7 +37,7 @@ def test_resets_follow_the_protocol(env: gym.Env) -> None:
         cells.add(cell)
         offsets.append(obs["achieved_goal"] - maze.position(cell))
         velocities.append(obs["observation"][2:])
-        state = env.unwrapped.point_env  # type: ignore[attr-defined]
+        state = env.unwrapped.point_env
         assert np.allclose(np.concatenate([state.data.qpos, state.data.qvel]), obs["observation"]), (
             "the simulator agrees"
         )
@@ -51,7 +52,7 @@ def test_the_same_seed_starts_alike(env: gym.Env) -> None:
 
 def test_reward_is_one_within_half_a_metre_and_the_episode_goes_on(env: gym.Env) -> None:
     env.reset(seed=0)
-    base = env.unwrapped.point_env  # type: ignore[attr-defined]
+    base = env.unwrapped.point_env
     for distance, expected in ((0.499, 1.0), (0.501, 0.0), (0.0, 1.0)):
         base.set_state(np.array([-1.0 + distance, 1.0]), np.zeros(2))
         obs, reward, terminated, _, info = env.step(np.zeros(2))
@@ -85,7 +86,7 @@ def test_unknown_environments_and_wrappers_name_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'maze2d'"):
         make("PointMaze_UMaze-v3", wrapper="maze2")
     with pytest.raises(UserError, match="at least one"):
-        vectorise(lambda: make("Pendulum-v1"), 0)
+        Environments(lambda: make("Pendulum-v1"), 0)
 
 
 def test_spec_of_an_environment_has_its_time_step(env: gym.Env) -> None:

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from offline_cai.core import Episode, Spec
-from offline_cai.environments.make import env_spec, vectorise
+from offline_cai.environments.make import env_spec
 from offline_cai.environments.rollout import rollout
+from offline_cai.environments.vector import Environments
 from offline_cai.errors import UserError
 
 
@@ -38,7 +39,7 @@ class Constant:
 
 
 def run(count: int, **share: int) -> tuple[list[Episode], Constant]:
-    envs = vectorise(Count, count)
+    envs = Environments(Count, count)
     policy = Constant(np.array([0.5]))
     return rollout(envs, env_spec(Count()), policy, seed=0, **share), policy
 
@@ -69,12 +70,12 @@ def test_an_environment_s_episodes_do_not_depend_on_its_neighbours() -> None:
 def test_wrong_actions_are_refused(spec: Spec) -> None:
     for value, word in ((np.array([0.1, 0.2]), "shape"), (np.array([np.nan]), "not finite")):
         with pytest.raises(UserError, match=word):
-            rollout(vectorise(Count, 2), env_spec(Count()), Constant(value), 0, episodes=1)
+            rollout(Environments(Count, 2), env_spec(Count()), Constant(value), 0, episodes=1)
     with pytest.raises(ValueError, match="either episodes or steps"):
-        rollout(vectorise(Count, 2), env_spec(Count()), Constant(np.array([0.0])), 0)
+        rollout(Environments(Count, 2), env_spec(Count()), Constant(np.array([0.0])), 0)
 
 
 def test_progress_counts_every_step() -> None:
     told: list[int] = []
-    rollout(vectorise(Count, 2), env_spec(Count()), Constant(np.array([0.0])), 0, steps=10, progress=told.append)
+    rollout(Environments(Count, 2), env_spec(Count()), Constant(np.array([0.0])), 0, steps=10, progress=told.append)
     assert sum(told) == 20
