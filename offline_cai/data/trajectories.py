@@ -105,7 +105,7 @@ class Trajectories:
         """Discounted sum of rewards from each row to the end of its episode, float32 [N]."""
         out, reward = np.empty(len(self.rows), dtype=np.float32), self.reward
         for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True):
-            out[start:stop] = lfilter([1.0], [1.0, -discount], reward[start:stop][::-1].astype(np.float64))[::-1]
+            out[start:stop] = discounted_sums(reward[start:stop], discount)
         return out
 
     def chunks(self, rows: int = 1 << 18) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -196,6 +196,11 @@ class Trajectories:
             return store
         except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"cannot open the trajectory store {path}: {error} Delete it and convert again.") from None
+
+
+def discounted_sums(reward: np.ndarray, discount: float) -> np.ndarray:
+    """Sums of the rewards [T] from each time on, those later discounted, float64 [T]."""
+    return lfilter([1.0], [1.0, -discount], reward[::-1].astype(np.float64))[::-1]
 
 
 def digests(path: Path) -> dict[str, str]:
