@@ -174,7 +174,7 @@ def plan(path: Path, count: int, seed: int, output: Path | None = None, overwrit
         raise UserError(f"{run.experiment.algorithm} does not plan: it acts step by step. Evaluate it instead.")
     if not 1 <= count <= 10_000:
         raise UserError(f"--count is {count}; ask for 1 to 10,000 plans.")
-    source = catalogue.environment(run.experiment.dataset)
+    source = catalogue.environment(run.experiment.data)
     if source is None:
         raise UserError(f"the dataset {run.experiment.dataset!r} names no environment to draw starts and goals from.")
     with new_folder(output or run.folder / "plans", overwrite, PLAN_FILES) as folder:
@@ -295,8 +295,8 @@ def _references(
     setting = references.Setting(
         spec=env_spec(env),
         maze=Maze.of(env) if hasattr(env.unwrapped, "maze") else None,
-        data=catalogue.trajectories(exp.dataset),
-        behaviour=collecting.controller_arguments(catalogue.note(exp.dataset)),
+        data=catalogue.trajectories(exp.data),
+        behaviour=collecting.controller_arguments(catalogue.note(exp.data)),
         tracker=policy.tracker if isinstance(policy, Planner) else Tracker(),
         stride=algorithm.needs.stride,
         seed=protocol.seed,
@@ -334,7 +334,7 @@ def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
 def demo(name: str, flags: Mapping[str, str], output: Path | None = None, quiet: bool = False) -> Path:
     """The main job in five steps: collect, train, plan, evaluate, report. Returns the report's path."""
     exp = experiment.load(name, dict(flags))
-    recipe = collecting.recipe_of(exp.dataset)
+    recipe = collecting.recipe_of(exp.data)
     if recipe is None:
         raise UserError(f"no recipe in datasets/ collects {exp.dataset!r}: the demo cannot begin.")
     run = output or new_run(exp.name)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -234,8 +234,9 @@ class Needs:
     """What an algorithm asks of the loop: windows of `horizon` blocks of `stride` steps, and how it is trained.
 
     `groups` names the parameter groups by phase: each value holds prefixes of parameter names, and "" is all of them.
-    `padding` says whether a window may run past the end of its episode. `one_process` is for what cannot be shared
-    between processes: the loop then refuses more than one.
+    `padding` says whether a window may run past the end of its episode. `source` is where batches come from: a fixed
+    dataset, a replay that the algorithm's exploration fills, or whole rollouts of its latest weights. `one_process` is
+    for what cannot be shared between processes: the loop then refuses more than one.
     """
 
     horizon: int = 1
@@ -243,6 +244,7 @@ class Needs:
     discount: float = 0.99
     padding: bool = True
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"all": ("",)})
+    source: Literal["offline", "replay", "rollout"] = "offline"
     one_process: bool = False
 
 
@@ -278,7 +280,7 @@ class Algorithm(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, chunks: Chunks) -> None:
-        """Set what comes from data before training (normalisers), in one pass over `chunks()`."""
+        """Set what comes from data before training (normalisers), in one pass over `chunks()`; not called without."""
 
     @abstractmethod
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
@@ -290,6 +292,14 @@ class Algorithm(nn.Module, ABC):
 
     @abstractmethod
     def policy(self, seed: int = 0, **options: Any) -> Policy: ...
+
+    def explore(self, obs: np.ndarray, key: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Raw actions [N, A] to gather data with at observations [N, O], and their log-probabilities [N] if known.
+
+        A function of parameters, observations and random keys [N], row by row. Define it if `needs.source` is not
+        offline.
+        """
+        raise NotImplementedError
 
 
 class SourceState(NamedTuple):
@@ -322,6 +332,14 @@ class Source(Protocol):
         Raises:
             UserError: it is not of these data.
         """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to report of it."""
+        ...
+
+    def prune(self, kept: Iterable[Mapping[str, Any]]) -> None:
+        """Remove what only checkpoints needed that are gone; `kept` are the facts of those that are there."""
         ...
 
     def close(self) -> None: ...

@@ -159,7 +159,7 @@ def flatten(space: gym.Space, obs: Any) -> np.ndarray:
 
 def components(space: gym.Space, values: Any) -> np.ndarray:
     """The numbers of M batched values side by side, choices as whole numbers: float64 [M, C]. Actions are kept so."""
-    columns = [np.asarray(_part(values, leaf.path), dtype=np.float64) for leaf in leaves(space)]
+    columns = [np.asarray(part_at(values, leaf.path), dtype=np.float64) for leaf in leaves(space)]
     return np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
 
 
@@ -188,7 +188,8 @@ def one_hot(space: gym.Space, numbers: np.ndarray) -> np.ndarray:
     return np.concatenate(rows, axis=1, dtype=np.float64)
 
 
-def _part(values: Any, path: tuple[str | int, ...]) -> Any:
+def part_at(values: Any, path: tuple[str | int, ...]) -> Any:
+    """The part of nested values that a `Leaf.path` leads to."""
     for key in path:
         values = values[key]
     return values

@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import batch_space, iterate
 
 from offline_cai.core import Spec
 from offline_cai.environments.make import env_spec
 from offline_cai.errors import UserError
-from offline_cai.spaces import flatten, unflatten_action
+from offline_cai.spaces import leaves, one_hot, part_at, unflatten_action
 
 Maker = Callable[[], gym.Env]
 Fault = Literal["raised", "died", "hung", "not finite"]
@@ -34,7 +34,14 @@ class EnvironmentFault(UserError):
     `environment` is its number; `worker` that of its worker, None in the training process.
     """
 
-    def __init__(self, text: str, fault: Fault, environment: int, worker: int | None, seed: int | None) -> None:
+    def __init__(
+        self,
+        text: str,
+        fault: Fault | None = None,
+        environment: int | None = None,
+        worker: int | None = None,
+        seed: int | None = None,
+    ) -> None:
         super().__init__(text)
         self.fault, self.environment, self.worker, self.seed = fault, environment, worker, seed
 
@@ -70,7 +77,7 @@ class Environments:
         if count < 1:
             raise UserError(f"{count} environments were asked for; at least one is needed.")
         self.count, self.envs = count, list[gym.Env]()
-        self._timeout, self._first, self._name = timeout, first, ""
+        self._timeout, self._first, self.name = timeout, first, ""
         self._seeds: list[int | None] = [None] * count
         self._steps = [0] * count
         self._hosts: list[_Here | _Worker] = [_Worker(i, maker) for i in range(min(workers, count))] or [_Here(maker)]
@@ -80,8 +87,7 @@ class Environments:
         ]
         self._ask((i, "make") for i in range(count))
         for i in range(count):
-            self.spec, name = self._answer(i, TO_MAKE)
-        self._name = f" ({name})"
+            self.spec, self.name = self._answer(i, TO_MAKE)
         if not workers:
             self.envs = [hosted.env for hosted in self._hosts[0].hosted]  # type: ignore[union-attr]
         self._obs = np.zeros((count, self.spec.obs_width))
@@ -170,7 +176,8 @@ class Environments:
         self.close()
         host, seed = self._home[i][0], self._seeds[i]
         when = "when it was made" if seed is None else f"at step {self._steps[i]} of the episode with seed {seed}"
-        text = f"environment {self._first + i}{self._name} in {host.name} {what}, {when}."
+        name = f" ({self.name})" if self.name else ""
+        text = f"environment {self._first + i}{name} in {host.name} {what}, {when}."
         error = EnvironmentFault(text, fault, self._first + i, host.number, seed)
         if trace:
             error.add_note(trace)
@@ -185,7 +192,8 @@ class _Hosted:
 
     def __init__(self, maker: Maker) -> None:
         self.env = maker()
-        self.spec, self._actions = env_spec(self.env), batch_space(self.env.action_space)
+        self.spec, self._parts = env_spec(self.env), list(leaves(self.env.observation_space))
+        self._choices = any(part.choices for part in self._parts)
 
     def about(self) -> tuple[Spec, str]:
         return self.spec, self.env.spec.id if self.env.spec else type(self.env.unwrapped).__name__
@@ -195,13 +203,20 @@ class _Hosted:
         return self._row(obs)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
-        taken = next(iter(iterate(self._actions, unflatten_action(self.env.action_space, action[None]))))
-        obs, reward, terminated, truncated, _ = self.env.step(taken)
+        obs, reward, terminated, truncated, _ = self.env.step(self._taken(action))
         return self._row(obs), float(reward), bool(terminated), bool(truncated)
 
     def _row(self, obs: Any) -> np.ndarray:
-        space = self.env.observation_space
-        return flatten(space, concatenate(space, [obs], create_empty_array(space, 1)))[0]  # type: ignore[arg-type]
+        """`flatten` of one observation, in the types of its space."""
+        parts = [np.asarray(part_at(obs, part.path), dtype=part.space.dtype).reshape(-1) for part in self._parts]
+        numbers = np.concatenate(parts, dtype=np.float64)
+        return one_hot(self.env.observation_space, numbers[None])[0] if self._choices else numbers
+
+    def _taken(self, action: np.ndarray) -> Any:
+        space = self.env.action_space
+        if isinstance(space, gym.spaces.Box):
+            return action.reshape(space.shape).astype(space.dtype)
+        return next(iter(iterate(batch_space(space), unflatten_action(space, action[None]))))
 
 
 class _Answer(NamedTuple):

@@ -194,6 +194,11 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Algorithm:
     return algorithm.to(device).eval()
 
 
+def source_facts(path: Path) -> dict[str, Any]:
+    """What the source of batches told when this checkpoint was made."""
+    return read_json(path / "state" / "state.json", "source")["source"]
+
+
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON that a resume needs, from a checkpoint that `find` gave."""
     facts = read_json(path / "state" / "state.json", "step", "experiment", "training", "source")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from offline_cai import algorithms, config
 from offline_cai.errors import UserError, did_you_mean
+from offline_cai.training.online import Simulation
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
@@ -88,8 +89,11 @@ class Experiment:
     """Name of the experiment; results go to runs/NAME/DATE-TIME."""
     algorithm: str
     """A file in algorithms/."""
-    dataset: str
-    """Minari id, D4RL name, or path of a D4RL file (.hdf5) or of own arrays (.npz)."""
+    dataset: str | None = None
+    """Minari id, D4RL name, or path of a D4RL file (.hdf5) or of own arrays (.npz). Algorithms with a replay may do
+    without."""
+    environment: Simulation | None = None
+    """The environment that online algorithms gather their data in."""
     protocol: str | None = None
     """Evaluation protocol: a recipe in eval/."""
     seed: int = 0
@@ -98,6 +102,17 @@ class Experiment:
     """The algorithm's own config."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The shared loop."""
+
+    @property
+    def data(self) -> str:
+        """The dataset's name.
+
+        Raises:
+            UserError: the experiment has none.
+        """
+        if self.dataset is None:
+            raise UserError(f"the experiment {self.name!r} has no dataset, and this needs one.")
+        return self.dataset
 
 
 def load(name: str, flags: dict[str, str] | None = None) -> Experiment:
@@ -111,12 +126,10 @@ def load(name: str, flags: dict[str, str] | None = None) -> Experiment:
     return parse(data, str(path))
 
 
-RESUMABLE = tuple(
-    f"training.{name}"
-    for name in (
-        *("steps", "log_every", "checkpoint_every", "keep", "evaluate_every", "evaluate_episodes"),
-        *("on_divergence", "device", "trackers"),
-    )
+RESUMABLE = (
+    *("environment.workers", "environment.timeout"),
+    *("training.steps", "training.log_every", "training.checkpoint_every", "training.keep", "training.evaluate_every"),
+    *("training.evaluate_episodes", "training.on_divergence", "training.device", "training.trackers"),
 )
 """What a resume may change: the run stays the same run, only longer, or watched and saved in another way."""
 
@@ -146,6 +159,8 @@ def parse(data: dict[str, Any], where: str) -> Experiment:
         config.find(experiment.protocol, "eval")
     elif experiment.training.evaluate_every is not None:
         raise UserError(f"{where}: training.evaluate_every needs a protocol: name one of eval/.")
+    if experiment.dataset is None and experiment.environment is None:
+        raise UserError(f"{where}: name a dataset, or an environment (environment.id) for what gathers its own data.")
     if not 0 <= experiment.seed < 2**63:
         raise UserError(f"{where}: seed is {experiment.seed}; it has to be from 0 to 2^63 - 1.")
     return Experiment(**{**{f.name: getattr(experiment, f.name) for f in fields(Experiment)}, "model": model})

@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from offline_cai import algorithms, config
 from offline_cai.core import Algorithm, Source, SourceState
 from offline_cai.data import catalogue
 from offline_cai.data.trajectories import Trajectories
+from offline_cai.environments.make import env_spec
+from offline_cai.environments.vector import EnvironmentFault
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.files import write_text
 from offline_cai.interrupts import Interrupt
@@ -50,10 +53,10 @@ def train(
     if main and not resume:
         folder.require_new(output)
     with accelerator.local_main_process_first():  # one converts the dataset, the others find it converted
-        trajectories = catalogue.trajectories(experiment.dataset)
+        trajectories = None if experiment.dataset is None else catalogue.trajectories(experiment.dataset)
     algorithm = build(experiment, trajectories)
     processes.require_able(algorithm, experiment.algorithm, accelerator)
-    source = sources.build(experiment, algorithm, trajectories, accelerator)
+    source = sources.build(experiment, algorithm, trajectories, accelerator, output)
     state = TrainingState(algorithm, experiment.training, accelerator)
     with folder.locked(output, main):
         if main and not resume:
@@ -71,11 +74,18 @@ def train(
     return checkpoint.find(output)
 
 
-def build(experiment: Experiment, trajectories: Trajectories) -> Algorithm:
-    """The algorithm with its initial weights, a function of the seed, and normalisers fitted to the data."""
+def build(experiment: Experiment, trajectories: Trajectories | None) -> Algorithm:
+    """The algorithm with its initial weights, a function of the seed, and normalisers fitted to the data, if any."""
+    if trajectories is not None:
+        spec = trajectories.spec
+    else:
+        assert experiment.environment is not None
+        with closing(experiment.environment.make()) as env:
+            spec = env_spec(env)
     torch.manual_seed(experiment.seed)
-    algorithm = algorithms.find(experiment.algorithm)(trajectories.spec, experiment.model)
-    algorithm.fit(trajectories.chunks)
+    algorithm = algorithms.find(experiment.algorithm)(spec, experiment.model)
+    if trajectories is not None:
+        algorithm.fit(trajectories.chunks)
     return algorithm
 
 
@@ -107,6 +117,12 @@ class _Run:
                         self.save(step)
                 except Diverged as fault:
                     step = self.roll_back(step, fault)
+                except EnvironmentFault as fault:  # in all processes alike
+                    self.save(step)
+                    raise UserError(
+                        f"{fault} What was gathered until then is kept: mend the environment, then go on with: "
+                        f"offline-cai train --resume {self.output}"
+                    ) from fault
         with processes.together():
             self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
@@ -152,7 +168,7 @@ class _Run:
         self.progress.advance(step, values)
         if self.main and (step == self.c.steps or self._due(step, self.c.log_every)):
             rate = self.state.learning_rate(step - 1)
-            self._write(step, {**values, "learning_rate": rate, **self.clock.report(step)})
+            self._write(step, {**values, **self.source.metrics(), "learning_rate": rate, **self.clock.report(step)})
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         row = {**values, "seconds": time.monotonic() - self.began}
@@ -203,6 +219,7 @@ class _Run:
                 {"experiment": config.to_dict(self.experiment), "training": self.state.facts(), "source": facts},
             )
             checkpoint.prune(target, self.c.keep, self.metrics.best())
+            self.source.prune(checkpoint.source_facts(path) for path in checkpoint.checkpoints(target))
 
     def load(self) -> int:
         """Go back to the last checkpoint that is whole; gives its step.

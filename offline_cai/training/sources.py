@@ -1,5 +1,10 @@
 """Where batches come from."""
 
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -10,14 +15,40 @@ from offline_cai.data.trajectories import Trajectories, digests
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
 from offline_cai.training.experiment import Experiment
+from offline_cai.training.online import ReplaySource, RolloutSource, Share
 
 
-def build(experiment: Experiment, algorithm: Algorithm, data: Trajectories, accelerator: Accelerator) -> Source:
-    """The source that the algorithm needs, for this process."""
-    needs, digest = algorithm.needs, None if data.path is None else digests(data.path)["rows"]
-    windows = Windows(data, needs.horizon, needs.stride, needs.discount, needs.padding)
-    rank, count = accelerator.process_index, accelerator.num_processes
-    return OfflineSource(windows, experiment.training.batch_size, experiment.seed, rank, count, digest)
+def build(
+    experiment: Experiment, algorithm: Algorithm, data: Trajectories | None, accelerator: Accelerator, output: Path
+) -> Source:
+    """The source that the algorithm needs, for this process; what it gathers is kept in OUTPUT/replay.
+
+    Raises:
+        UserError: the experiment lacks the dataset or the environment that the algorithm learns from.
+    """
+    needs, size, seed = algorithm.needs, experiment.training.batch_size, experiment.seed
+    digest = None if data is None or data.path is None else digests(data.path)["rows"]
+    share = Share(accelerator.process_index, accelerator.num_processes, _joined(accelerator))
+    if needs.source == "offline":
+        if data is None:
+            raise UserError(f"{experiment.algorithm} learns from a dataset: name one with dataset.")
+        windows = Windows(data, needs.horizon, needs.stride, needs.discount, needs.padding)
+        return OfflineSource(windows, size, seed, share.rank, share.processes, digest)
+    if experiment.environment is None:
+        raise UserError(f"{experiment.algorithm} gathers its data itself: name an environment with environment.id.")
+    kind = ReplaySource if needs.source == "replay" else RolloutSource
+    if kind is RolloutSource and data is not None:
+        raise UserError(f"{experiment.algorithm} learns from its own rollouts only: leave out the dataset.")
+    return kind(algorithm, experiment.environment, size, seed, output / "replay", share, data, digest)
+
+
+def _joined(accelerator: Accelerator) -> Callable[[np.ndarray], np.ndarray]:
+    def gather(rows: np.ndarray) -> np.ndarray:
+        if accelerator.num_processes == 1:
+            return rows
+        return accelerator.gather(torch.from_numpy(rows).to(accelerator.device)).cpu().numpy()
+
+    return gather
 
 
 class OfflineSource:
@@ -46,6 +77,12 @@ class OfflineSource:
     def load(self, state: SourceState) -> None:
         if state.facts.get("data") != self._data:
             raise UserError("the dataset is not the one that this run was trained on: start a new run.")
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def prune(self, kept: Iterable[Mapping[str, Any]]) -> None:
+        pass
 
     def close(self) -> None:
         pass
