@@ -58,6 +58,14 @@ def test_rows_are_those_of_each_environment_alone() -> None:
     envs.close(), alone.close()
 
 
+def test_choices_are_taken_as_they_are() -> None:
+    envs, alone = Environments(functools.partial(make, "CartPole-v1"), 2), make("CartPole-v1")
+    envs.reset([5, 6]), alone.reset(seed=6)
+    for choice in (1, 1, 0):
+        assert np.array_equal(envs.step(np.array([[0.0], [choice]])).obs[1], alone.step(choice)[0])
+    envs.close(), alone.close()
+
+
 def test_a_mask_resets_some_and_leaves_the_others() -> None:
     envs = Environments(HOPPER, 3)
     first = envs.reset([1, 2, 3])

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offline_cai import algorithms
-from offline_cai.core import Batch
+from offline_cai import algorithms, seeding
+from offline_cai.core import Batch, Discrete, Field, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import UserError
-from offline_cai.training import checkpoint, experiment, loop, trackers
+from offline_cai.training import checkpoint, experiment, loop, online, trackers
 from offline_cai.training.experiment import Experiment
 from offline_cai.training.online import OnlineSource, ReplaySource, RolloutSource, Share
 
@@ -204,6 +204,14 @@ def test_random_steps_are_uniform_and_the_dataset_is_drawn_from_as_well(tmp_path
     assert abs(old - 800) < 4 * 20, "half of 1600, as much as its share of the steps, within four standard errors"
     source.close()
     mixed.close()
+
+
+def test_random_choices_are_uniform() -> None:
+    spec = Spec((Field("observation", 1),), Discrete((3, 2), (5, 0)))
+    action, log_prob = online._uniform(spec, seeding.keys(0, 0, torch.arange(6000)))
+    values, counts = np.unique(action, axis=0, return_counts=True)
+    assert values.tolist() == [[a, b] for a in (5, 6, 7) for b in (0, 1)] and np.allclose(log_prob, -np.log(6.0))
+    assert abs(counts - 1000).max() < 4 * 29, "a thousand each, within four standard errors"
 
 
 # Faults --------------------------------------------------------------------------------------------------------------
