@@ -270,7 +270,7 @@ class RolloutSource(OnlineSource):
 
     def _batch(self, step: int) -> Batch:
         first, lane = self._replay.latest(self._config.steps)
-        longest = int((self._replay.rows.end.numpy()[first] - first).max())
+        longest = int((self._replay.rows.end[first] - first).max())
         keys = seeding.keys(self._seed, step, torch.arange(len(first)))
         own = (lane >= self._own.start) & (lane < self._own.stop)
         cut = Cut(self._algorithm.spec, longest, 1, self._replay.discount)

@@ -145,7 +145,7 @@ def test_only_the_latest_rows_are_drawn_while_lanes_move_and_grow() -> None:
 def test_the_latest_steps_are_pieces_of_episodes() -> None:
     replay, script = filled(100)
     first, lane = replay.latest(15)
-    end = replay.rows.end.numpy()
+    end = replay.rows.end
     assert [int((end[first] - first)[lane == i].sum()) for i in range(3)] == [15, 15, 15]
     assert len(first) > 3 and (np.diff(lane) >= 0).all()
     steps = np.concatenate([np.arange(f, end[f]) for f in first])
