@@ -1,7 +1,8 @@
-"""How the exact core scales and how exact it is: `python eval/bench_exactness.py`.
+"""How the exact core scales, how exact it is, and how near guided sampling comes to it: `make bench-exactness`.
 
-Prints a table for people and, as its last line, one JSON object. Cost: seconds of one solve against the horizon, and
-the ratio of neighbouring horizons (10 is linear). Exactness: relative errors against an independent computation.
+Prints tables for people and, as its last line, one JSON object; the second half is `bench_guidance.py`. Cost: seconds
+of one solve against the horizon, and the ratio of neighbouring horizons (10 is linear). Exactness: relative errors
+against an independent computation.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 
+import bench_guidance
 import numpy as np
 import torch
 
@@ -105,7 +107,8 @@ def main() -> None:
     print("\nrelative error")
     for name, error in errors.items():
         print(f"{name:<24}{error:>10.1e}")
-    print(json.dumps({"horizons": HORIZONS, "cpu_seconds": table, "ratios": ratios, "relative_errors": errors}))
+    core = {"horizons": HORIZONS, "cpu_seconds": table, "ratios": ratios, "relative_errors": errors}
+    print(json.dumps({**core, "guidance": bench_guidance.results()}))
 
 
 if __name__ == "__main__":

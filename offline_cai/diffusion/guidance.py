@@ -86,7 +86,7 @@ def corrected(
     replaces C in the noise. With the exact denoiser of Gaussian data and a quadratic J, every step has the exact law.
 
     Args:
-        newton: damped Newton steps where J is not quadratic; the first is a linearisation.
+        newton: damped Newton steps where J is not quadratic; the spread is that of the last one's starting point.
 
     Raises:
         UserError: the sampler was not given the residual covariance; evidence for noised rows.
@@ -211,9 +211,10 @@ def _weighed(prior: Belief, evidence: Evidence, temperature: float, newton: int)
     else:
         for _ in range(newton):
             value, slope = _slope(climb, z)
-            z = _uphill(climb, z, value, _solve(_precision(climb, z), slope))
-        value, chol = climb(z), _precision(climb, z)
-    root = spread.root @ torch.linalg.inv(chol).mT
+            chol = _precision(climb, z)
+            z = _uphill(climb, z, value, _solve(chol, slope))
+        value = climb(z)
+    root = torch.linalg.solve_triangular(chol, spread.root.mT, upper=False).mT
     log_evidence = value - chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return Guided(prior, Belief(rows(z), spread._replace(root=root)), log_evidence)
 
