@@ -213,7 +213,7 @@ class Plan(NamedTuple):
     """Planned rows in raw units, one row every `stride` steps, from the state they were asked for."""
 
     obs: Tensor  # [N, R, O'] the fields that the codec selects
-    action: Tensor | None  # [N, R, k, A]
+    action: Tensor | None  # [N, R, k, A]; [N, R-1, k, A] where they lie between the rows (inverse dynamics)
     stride: int
 
 
@@ -261,8 +261,16 @@ class Step(Protocol):
         ...
 
 
-Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
-"""All steps of the data, a bounded part at a time: pairs of obs [m, O] and action [m, A]."""
+class Chunk(NamedTuple):
+    """Steps of the data, in raw units."""
+
+    obs: np.ndarray  # [m, O]
+    action: np.ndarray  # [m, A]
+    returns: np.ndarray  # [m] discounted return-to-go
+
+
+Chunks = Callable[..., Iterable[Chunk]]
+"""`chunks(discount=1.0)`: all steps of the data, a bounded part at a time."""
 
 
 class Algorithm(nn.Module, ABC):
@@ -280,7 +288,7 @@ class Algorithm(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, chunks: Chunks) -> None:
-        """Set what comes from data before training (normalisers), in one pass over `chunks()`; not called without."""
+        """Set what comes from data before training (normalisers), in one pass over `chunks()` for each; not called without."""
 
     @abstractmethod
     def forward(self, batch: Batch, phase: str = "all") -> Loss:

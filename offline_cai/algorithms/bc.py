@@ -45,7 +45,7 @@ class BC(Algorithm):
         return Needs()
 
     def fit(self, chunks: Chunks) -> None:
-        self.normaliser.fit(obs for obs, _ in chunks())
+        self.normaliser.fit(chunk.obs for chunk in chunks())
 
     def act(self, obs: Tensor) -> Tensor:
         """Actions [B, A] in [-1, 1] for raw observations [B, O]."""

@@ -164,9 +164,9 @@ class Codec(nn.Module):
 
     def fit(self, chunks: Chunks) -> None:
         """Set the normalisers in one pass over the data for each."""
-        self.obs_norm.fit(obs[:, self.columns] for obs, _ in chunks())
+        self.obs_norm.fit(chunk.obs[:, self.columns] for chunk in chunks())
         if self.actions:
-            self.action_norm.fit(action for _, action in chunks())
+            self.action_norm.fit(chunk.action for chunk in chunks())
 
     def encode(self, batch: Batch) -> Tensor:
         x = self.encode_obs(batch.obs[:, : self.rows])

@@ -18,7 +18,7 @@ def describe(data: Trajectories) -> dict[str, Any]:
     lengths, returns, spec = data.lengths, data.returns, data.spec
     low, high = np.array(spec.action.low), np.array(spec.action.high)
     ranges, at_bound = _Ranges(), np.zeros(spec.action_width)
-    for obs, action in data.chunks():
+    for obs, action, _ in data.chunks():
         ranges.add(np.concatenate([obs, action], axis=1))
         at_bound += ((action <= low + 1e-6) | (action >= high - 1e-6)).sum(0)
     fields = {}

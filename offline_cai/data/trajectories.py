@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 from scipy.signal import lfilter
 
-from offline_cai.core import Episode, Spec
+from offline_cai.core import Chunk, Episode, Spec
 from offline_cai.data.intake import Intake, Reading
 from offline_cai.errors import Notice, UserError
 
@@ -108,12 +108,13 @@ class Trajectories:
             out[start:stop] = discounted_sums(reward[start:stop], discount)
         return out
 
-    def chunks(self, rows: int = 1 << 18) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(obs [m, O], action [m, A]) of all steps, a bounded part at a time: what normalisers are fitted to."""
+    def chunks(self, discount: float = 1.0, rows: int = 1 << 18) -> Iterator[Chunk]:
+        """All steps, a bounded part at a time: what normalisers are fitted to."""
+        returns = self.return_to_go(discount)
         for start in range(0, len(self.rows), rows):
             part = slice(start, start + rows)
             steps = self.end[part] > np.arange(start, min(start + rows, len(self.rows)))
-            yield self.obs[part][steps], self.action[part][steps]
+            yield Chunk(self.obs[part][steps], self.action[part][steps], returns[part][steps])
 
     def episode(self, number: int) -> Episode:
         """Episode `number`, as views of the store."""

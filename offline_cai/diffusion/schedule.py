@@ -40,3 +40,13 @@ class Schedule(nn.Module):
         """The x_0 that x_k [N, R, D] came from if its noise was `noise`."""
         abar = self.abar_at(k)
         return (x - (1 - abar).sqrt() * noise) / abar.sqrt()
+
+    def velocity(self, x: Tensor, noise: Tensor, k: Tensor) -> Tensor:
+        """v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans and Ho 2022, appendix D), of unit variance where x_0 is."""
+        abar = self.abar_at(k)
+        return abar.sqrt() * noise - (1 - abar).sqrt() * x
+
+    def clean_from_velocity(self, x: Tensor, velocity: Tensor, k: Tensor) -> Tensor:
+        """The x_0 that x_k [N, R, D] came from if its velocity was `velocity`."""
+        abar = self.abar_at(k)
+        return abar.sqrt() * x - (1 - abar).sqrt() * velocity

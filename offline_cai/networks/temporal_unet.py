@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from offline_cai.errors import UserError
+from offline_cai.networks.mlp import mlp
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -56,22 +57,51 @@ def _through(blocks: Any, h: Tensor, embedding: Tensor) -> Tensor:
     return h
 
 
-class TemporalUNet(nn.Module):
-    """Rows [N, R, D] and levels [N] to rows [N, R, D]. R has to be divisible by 2^(levels - 1)."""
+class LevelEmbedding(nn.Sequential):
+    """Levels [N] to [N, channels]."""
 
-    def __init__(self, width: int, channels: int = 32, multipliers: Sequence[int] = (1, 2, 4), kernel: int = 5) -> None:
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            SinusoidalEmbedding(channels),
+            nn.Linear(channels, channels * 4),
+            nn.Mish(),
+            nn.Linear(channels * 4, channels),
+        )
+
+
+class ConditionEmbedding(nn.Module):
+    """Conditions [N, C] to [N, channels], to be added to the level's; zero for a row that holds a NaN."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.layers = mlp(width, (channels * 4,), channels, nn.Mish)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        given = condition.isfinite().all(-1, keepdim=True)
+        return torch.where(given, self.layers(condition.nan_to_num()), 0.0)
+
+
+class TemporalUNet(nn.Module):
+    """Rows [N, R, D] and levels [N] to rows [N, R, D]. R has to be divisible by 2^(levels - 1).
+
+    With `condition` > 0 it also takes conditions [N, condition], as `core.Denoiser` says.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        channels: int = 32,
+        multipliers: Sequence[int] = (1, 2, 4),
+        kernel: int = 5,
+        condition: int = 0,
+    ) -> None:
         super().__init__()
         if channels % 8:
             raise UserError(f"channels is {channels}, but the group norm needs a multiple of 8.")
         sizes = [width, *(channels * m for m in multipliers)]
         pairs = list(pairwise(sizes))
         self.divisor = 2 ** (len(pairs) - 1)
-        self.embed = nn.Sequential(
-            SinusoidalEmbedding(channels),
-            nn.Linear(channels, channels * 4),
-            nn.Mish(),
-            nn.Linear(channels * 4, channels),
-        )
+        self.embed = LevelEmbedding(channels)
 
         def blocks(inputs: int, outputs: int) -> nn.ModuleList:
             first = ResidualBlock(inputs, outputs, channels, kernel)
@@ -83,14 +113,18 @@ class TemporalUNet(nn.Module):
         self.up = nn.ModuleList(blocks(2 * o, i) for i, o in reversed(pairs[1:]))
         self.grow = nn.ModuleList(nn.ConvTranspose1d(i, i, 4, stride=2, padding=1) for i, _ in reversed(pairs[1:]))
         self.final = nn.Sequential(conv_block(sizes[1], sizes[1], kernel), nn.Conv1d(sizes[1], width, 1))
+        if condition:
+            self.condition = ConditionEmbedding(condition, channels)
 
-    def forward(self, x: Tensor, k: Tensor) -> Tensor:
+    def forward(self, x: Tensor, k: Tensor, condition: Tensor | None = None) -> Tensor:
         if x.shape[1] % self.divisor:
             raise UserError(
                 f"a plan of {x.shape[1]} rows cannot pass {len(self.down)} levels of the U-Net: take a multiple of "
                 f"{self.divisor} rows or fewer multipliers."
             )
         embedding = self.embed(k)
+        if condition is not None:
+            embedding = embedding + self.condition(condition)
         h = rearrange(x, "n r d -> n d r")
         skips = []
         for level, blocks in enumerate(self.down):
