@@ -1,6 +1,8 @@
 """Diffuser (Janner, Du, Tenenbaum and Levine 2022): planning by sampling from a diffusion over whole trajectories.
 
 Prior: p(tau), the density of the data's windows. Known states are imposed at every level, in training as in sampling.
+With `condition_dropout` the density is also learned given the return-to-go (classifier-free guidance, Ho and Salimans
+2022; Ajay et al. 2023), and with `inverse_dynamics` the actions between planned states (Ajay et al. 2023, equation 8).
 The paper's maze recipe is horizon 128, stride 1, multipliers 1-4-8, 64 levels, actions in the rows; the defaults here
 are fewer, longer steps, which learn the same mazes in a fraction of the time.
 """
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor
 
 from offline_cai import seeding
-from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Plan, Spec
-from offline_cai.data.codec import Codec, NormaliserKind
+from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Plan, Spec, Step
+from offline_cai.data.codec import Codec, Normaliser, NormaliserKind
 from offline_cai.diffusion.sampler import ddim, ddpm
 from offline_cai.diffusion.schedule import Schedule, ScheduleKind
 from offline_cai.errors import UserError
+from offline_cai.networks.mlp import mlp
 from offline_cai.networks.temporal_unet import TemporalUNet
 from offline_cai.planning.planner import Planner
 from offline_cai.planning.tracking import Tracker
@@ -31,8 +34,14 @@ class PlannerConfig:
     """The sampler of the reverse process."""
     steps: int = 2
     """Denoising steps of ddim; ddpm takes all levels."""
-    execute: Literal["track", "actions"] = "track"
-    """Follow the planned states with the tracker, or play the planned actions."""
+    rows: int | None = None
+    """Rows of a plan; null: as many as the windows of training have."""
+    target: float = 0.95
+    """Quantile of the data's return-to-go that plans are conditioned on, where the model was trained with one."""
+    condition_weight: float = 0.0
+    """Classifier-free guidance w >= 0: x_0 is (1 + w) of the conditional estimate minus w of the unconditional one."""
+    execute: Literal["track", "actions", "inverse"] = "track"
+    """Follow the planned states with the tracker, play the planned actions, or those of the inverse dynamics."""
     replan: int | None = None
     """Steps after which a new plan is made; null: one plan per episode."""
     tracker: Tracker = field(default_factory=Tracker)
@@ -41,6 +50,11 @@ class PlannerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.replan is not None and self.replan < 1):
             raise UserError(f"planner: steps ({self.steps}) and replan ({self.replan}) have to be at least 1.")
+        if not 0 <= self.target <= 1 or not self.condition_weight >= 0:
+            raise UserError(
+                f"planner: target ({self.target}) is a quantile from 0 to 1, and condition_weight "
+                f"({self.condition_weight}) is at least 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -69,10 +83,20 @@ class DiffuserConfig:
     """Noise levels T of the diffusion."""
     schedule: ScheduleKind = "cosine"
     """How the noise grows with the level."""
-    prediction: Literal["x_0", "epsilon"] = "x_0"
-    """What the network predicts; the denoiser returns x_0 either way."""
+    prediction: Literal["x_0", "epsilon", "v"] = "x_0"
+    """What the network predicts (v: sqrt(abar) epsilon - sqrt(1 - abar) x_0); the denoiser returns x_0 either way."""
+    action_weight: float = 1.0
+    """Weight of the first row's actions in the loss (10 in the paper's locomotion recipe)."""
+    loss_discount: float = 1.0
+    """Decay of the loss from row to row; the rows' weights have mean one."""
+    condition_dropout: float | None = None
+    """Train with the return-to-go as a condition that this share of the windows is not told; null: no condition."""
+    inverse_dynamics: bool = False
+    """Whether to learn the actions of a row from its state and the next row's (needed for planner.execute: inverse)."""
+    inverse_hidden: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers of the inverse dynamics."""
     discount: float = 0.99
-    """Discount of the returns in a batch, per time step."""
+    """Discount of the return-to-go, per time step."""
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     """How plans are sampled and executed."""
 
@@ -89,24 +113,39 @@ class DiffuserConfig:
             raise UserError(f"planner.steps is {self.planner.steps}, more than the {self.levels} noise levels.")
         if self.planner.execute == "actions" and not self.actions:
             raise UserError("planner.execute is actions, but the rows hold none: set actions: true.")
+        if self.planner.execute == "inverse" and not self.inverse_dynamics:
+            raise UserError("planner.execute is inverse, but nothing learns it: set inverse_dynamics: true.")
+        if not self.action_weight >= 0 or not 0 < self.loss_discount <= 1:
+            raise UserError(
+                f"action_weight ({self.action_weight}) is at least 0, and loss_discount ({self.loss_discount}) above 0 "
+                "and at most 1."
+            )
+        if self.condition_dropout is not None and not 0 <= self.condition_dropout < 1:
+            raise UserError(f"condition_dropout is {self.condition_dropout}; it is a share in [0, 1), or null.")
+        if self.condition_dropout == 0 and self.planner.condition_weight:
+            raise UserError("planner.condition_weight needs an unconditional estimate: set condition_dropout above 0.")
 
 
 class Diffuser(Algorithm):
     Config = DiffuserConfig
     config: DiffuserConfig
+    loss_weight: Tensor  # [R, D]
 
     def __init__(self, spec: Spec, config: DiffuserConfig) -> None:
         super().__init__(spec, config)
         c = config
         self.codec = Codec(spec, c.rows, c.stride, c.fields, c.actions, c.normaliser)
-        self.network = TemporalUNet(self.codec.width, c.channels, c.multipliers)
+        conditioned = c.condition_dropout is not None
+        self.network = TemporalUNet(self.codec.width, c.channels, c.multipliers, condition=int(conditioned))
         self.schedule = Schedule(c.levels, c.schedule)
-        if c.rows < 2 or c.rows % self.network.divisor:
-            raise UserError(
-                f"model.rows is {c.rows}, but a U-Net of {len(c.multipliers)} levels needs a multiple of "
-                f"{self.network.divisor}, and a plan needs two rows or more."
-            )
+        self._require_rows("model.rows", c.rows)
+        self._require_rows("model.planner.rows", c.planner.rows or c.rows)
         width = len(self.codec.columns)
+        if conditioned:
+            self.return_norm = Normaliser(1, "quantile")
+        if c.inverse_dynamics:
+            self.inverse = mlp(2 * width, c.inverse_hidden, c.stride * spec.action_width)
+        self.register_buffer("loss_weight", self._loss_weight(), persistent=False)
         used = (*(c.goal_columns if c.goal_field else ()), *c.planner.tracker.columns)
         if c.planner.execute == "track" and not all(0 <= column < width for column in used):
             raise UserError(
@@ -118,30 +157,85 @@ class Diffuser(Algorithm):
                 f"model.goal_columns names {len(c.goal_columns)} columns, not the width of {c.goal_field!r}."
             )
 
+    def _require_rows(self, name: str, rows: int) -> None:
+        divisor = self.network.divisor
+        if rows < 2 or rows % divisor:
+            below = max(rows // divisor * divisor, divisor, 2)
+            raise UserError(
+                f"{name} is {rows}, but a U-Net of {len(self.config.multipliers)} levels needs a multiple of "
+                f"{divisor}, and a plan needs two rows or more: take {below} or {below + divisor}."
+            )
+
     @property
     def needs(self) -> Needs:
-        return Needs(horizon=self.config.rows, stride=self.config.stride, discount=self.config.discount)
+        c = self.config
+        groups = {"denoiser": ("network.",), "inverse": ("inverse.",)} if c.inverse_dynamics else {"all": ("",)}
+        return Needs(horizon=c.rows, stride=c.stride, discount=c.discount, groups=groups)
 
     def fit(self, chunks: Chunks) -> None:
         self.codec.fit(chunks)
+        if self.config.condition_dropout is not None:
+            self.return_norm.fit(chunk.returns[:, None] for chunk in chunks(self.config.discount))
+        if self.config.inverse_dynamics:
+            self.codec.action_norm.fit(chunk.action for chunk in chunks())
 
-    # Loss ------------------------------------------------------------------------------------------------------------
+    # Losses ----------------------------------------------------------------------------------------------------------
 
-    def denoise(self, x: Tensor, k: Tensor) -> Tensor:
-        """D(x_k, k) -> x_0: rows [N, R, D], levels [N]."""
-        output = self.network(x, k)
-        return output if self.config.prediction == "x_0" else self.schedule.clean_from_noise(x, output, k)
+    def denoise(self, x: Tensor, k: Tensor, condition: Tensor | None = None) -> Tensor:
+        """D(x_k, k) -> x_0: rows [N, R, D], levels [N]; condition [N, 1] is a level in [-1, 1] of the return's law."""
+        output = self.network(x, k, condition)
+        if self.config.prediction == "x_0":
+            return output
+        if self.config.prediction == "v":
+            return self.schedule.clean_from_velocity(x, output, k)
+        return self.schedule.clean_from_noise(x, output, k)
+
+    def update(self, batch: Batch, step: Step) -> dict[str, float]:
+        if not self.config.inverse_dynamics:
+            return step(batch)
+        return step(batch, "denoiser") | step(batch, "inverse")
 
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
+        return self._inverse_loss(batch) if phase == "inverse" else self._denoising_loss(batch)
+
+    def _denoising_loss(self, batch: Batch) -> Loss:
         """Squared error of the network's prediction over the rows that are not known (paper, appendix C)."""
         x = self.codec.encode(batch)
         known = Known(x, self._mask(x))
         k = seeding.integers(batch.key, self.config.levels, stream=0)
         noise = seeding.normal(batch.key, tuple(x.shape[1:]), stream=1)
-        prediction = self.network(known.impose(self.schedule.add_noise(x, noise, k)), k)
-        target = x if self.config.prediction == "x_0" else noise
-        error = (prediction - target) ** 2 * ~known.mask
+        noisy = known.impose(self.schedule.add_noise(x, noise, k))
+        prediction = self.network(noisy, k, self._told(batch))
+        target = {"x_0": x, "epsilon": noise, "v": self.schedule.velocity(x, noise, k)}[self.config.prediction]
+        error = (prediction - target) ** 2 * ~known.mask * self.loss_weight
         return Loss({"loss": error.sum()}, (~known.mask).sum())
+
+    def _loss_weight(self) -> Tensor:
+        """Weights [R, D] of the squared errors, as in the paper's code: decay over rows, then the first actions'."""
+        decay = self.config.loss_discount ** torch.arange(self.config.rows, dtype=torch.float32)
+        weight = (decay / decay.mean())[:, None].repeat(1, self.codec.width)
+        weight[0, : self.codec.actions] = self.config.action_weight
+        return weight
+
+    def _told(self, batch: Batch) -> Tensor | None:
+        """The return-to-go of each window [B, 1] as a level of its law; NaN for the share that is told nothing."""
+        share = self.config.condition_dropout
+        if share is None:
+            return None
+        dropped = seeding.uniform(batch.key, (1,), stream=2) < share
+        return self.return_norm.encode(batch.returns[:, :1]).masked_fill(dropped, torch.nan)
+
+    def _inverse_loss(self, batch: Batch) -> Loss:
+        """Squared error of the actions of blocks that end inside their episode, in the codec's units."""
+        states = self.codec.encode_obs(batch.obs)
+        error = (self._between(states) - self.codec.action_norm.encode(batch.action)) ** 2
+        inside = batch.valid[..., None, None].expand_as(error)
+        return Loss({"inverse_loss": (error * inside).sum()}, inside.sum())
+
+    def _between(self, states: Tensor) -> Tensor:
+        """The k actions [N, R-1, k, A] that lead from each of the states [N, R, O'] to the next, in the codec's units."""
+        pairs = torch.cat([states[:, :-1], states[:, 1:]], dim=-1)
+        return self.inverse(pairs).unflatten(-1, (self.config.stride, self.spec.action_width))
 
     def _mask(self, x: Tensor) -> Tensor:
         """The first row's state, and in the last row the goal's columns."""
@@ -157,7 +251,7 @@ class Diffuser(Algorithm):
         """The known rows for observations [N, O]: the state now, and the goal if the observation names one."""
         raw = torch.as_tensor(obs, dtype=torch.float32, device=self.schedule.abar.device)
         state = raw[:, self.codec.columns]
-        rows = state[:, None].repeat(1, self.config.rows, 1)
+        rows = state[:, None].repeat(1, self.config.planner.rows or self.config.rows, 1)
         if self.config.goal_field:
             rows[:, -1, list(self.config.goal_columns)] = raw[:, self.spec.columns(self.config.goal_field)]
         value = self.codec.obs_norm.encode(rows)
@@ -165,20 +259,31 @@ class Diffuser(Algorithm):
             value = torch.cat([value.new_zeros(*value.shape[:2], self.codec.actions), value], dim=-1)
         return Known(value, self._mask(value))
 
+    @torch.no_grad()
     def plan(self, obs: np.ndarray, key: Tensor) -> Plan:
         """One plan for each observation [N, O], with random keys [N]."""
         known, key = self.known(obs), key.to(self.schedule.abar.device)
         if self.config.planner.sampler == "ddpm":
-            x = ddpm(self.denoise, self.schedule, known, key, self._clip)
+            x = ddpm(self._targeted, self.schedule, known, key, self._clip)
         else:
-            x = ddim(self.denoise, self.schedule, known, key, self.config.planner.steps, clip=self._clip)
+            x = ddim(self._targeted, self.schedule, known, key, self.config.planner.steps, clip=self._clip)
         return self._decode(x)
 
+    def _targeted(self, x: Tensor, k: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The denoiser that plans are drawn with: told the target of the planner, if the model was trained with one."""
+        c = self.config
+        if c.condition_dropout is None:
+            return self.denoise(x, k)
+        told = self.denoise(x, k, x.new_full((len(x), 1), 2 * c.planner.target - 1))
+        w = c.planner.condition_weight
+        return told if w == 0 else (1 + w) * told - w * self.denoise(x, k)
+
+    @torch.no_grad()
     def denoising(self, obs: np.ndarray, key: Tensor, steps: int) -> list[Plan]:
         """The plans while they are denoised by `steps` steps of DDIM, pure noise first: to look at."""
         trace: list[Tensor] = []
         key = key.to(self.schedule.abar.device)
-        ddim(self.denoise, self.schedule, self.known(obs), key, steps, clip=self._clip, trace=trace)
+        ddim(self._targeted, self.schedule, self.known(obs), key, steps, clip=self._clip, trace=trace)
         return [self._decode(x) for x in trace]
 
     @property
@@ -188,10 +293,13 @@ class Diffuser(Algorithm):
 
     def _decode(self, x: Tensor) -> Plan:
         rows, action = self.codec.decode(x)
+        if self.config.planner.execute == "inverse":
+            action = self.codec.action_norm.decode(self._between(x[..., self.codec.actions :]))
         return Plan(rows.cpu(), None if action is None else action.cpu(), self.config.stride)
 
     def policy(self, seed: int = 0, **options: Any) -> Planner:
         """The planner as a policy; `options` override fields of `config.planner` other than the sampler's."""
         c = self.config.planner
-        settings = {"tracker": c.tracker, "execute": c.execute, "replan": c.replan, **options}
+        execute = "track" if c.execute == "track" else "actions"
+        settings = {"tracker": c.tracker, "execute": execute, "replan": c.replan, **options}
         return Planner(self.spec, self.config.fields, self.plan, seed, **settings)

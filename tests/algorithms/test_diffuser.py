@@ -6,7 +6,7 @@ import torch
 
 from offline_cai import seeding
 from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig, PlannerConfig
-from offline_cai.core import Episode, Known, Spec
+from offline_cai.core import Episode, Known, Loss, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
@@ -20,6 +20,10 @@ def build(store: Trajectories, **changes: object) -> Diffuser:
     diffuser = Diffuser(store.spec, dataclasses.replace(SMALL, **changes))  # type: ignore[arg-type]
     diffuser.fit(store.chunks)
     return diffuser
+
+
+def mean(loss: Loss) -> torch.Tensor:
+    return sum(loss.terms.values()) / loss.entries
 
 
 @pytest.mark.parametrize("actions", [False, True])
@@ -47,7 +51,7 @@ def test_without_a_goal_only_the_first_state_is_known(store: Trajectories) -> No
     assert mask[0].sum(-1).tolist() == [4, 0, 0, 0]
 
 
-@pytest.mark.parametrize("prediction", ["x_0", "epsilon"])
+@pytest.mark.parametrize("prediction", ["x_0", "epsilon", "v"])
 def test_training_lowers_the_loss_and_the_denoiser_returns_clean_rows(spec: Spec, prediction: str) -> None:
     """States that stand still: the known first row tells all the others."""
     rng = np.random.default_rng(0)
@@ -60,8 +64,7 @@ def test_training_lowers_the_loss_and_the_denoiser_returns_clean_rows(spec: Spec
     for step in range(300):
         rows = rng.choice(windows.starts, size=32)
         batch = windows.gather(rows, seeding.keys(0, step, torch.arange(32)))
-        terms, entries, _ = diffuser(batch)
-        loss = terms["loss"] / entries
+        loss = mean(diffuser(batch))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -70,7 +73,7 @@ def test_training_lowers_the_loss_and_the_denoiser_returns_clean_rows(spec: Spec
     x = diffuser.codec.encode(windows.gather(windows.starts, torch.arange(len(windows.starts))))
     known, k = Known(x, diffuser._mask(x)), torch.full((len(x),), 3)
     noisy = known.impose(diffuser.schedule.add_noise(x, torch.randn(x.shape), k))
-    error = (diffuser.denoise(noisy, k) - x)[~known.mask]
+    error = (diffuser.denoise(noisy, k).detach() - x)[~known.mask]
     assert float((error**2).mean()) < 0.25 * float((x**2).mean()), "x_0, whatever the network predicts"
 
 
@@ -81,14 +84,14 @@ def test_known_entries_carry_no_loss(store: Trajectories) -> None:
     seen = []
     original = diffuser.network.forward
 
-    def spy(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        out = original(x, k)
+    def spy(x: torch.Tensor, k: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        out = original(x, k, condition)
         out.retain_grad()
         seen.append((x, out))
         return out
 
     diffuser.network.forward = spy  # type: ignore[method-assign]
-    diffuser(batch).terms["loss"].backward()
+    mean(diffuser(batch)).backward()
     (x, out), clean = seen[0], diffuser.codec.encode(batch)
     mask = diffuser._mask(clean)
     assert torch.equal(x[mask], clean[mask]), "known entries enter without noise"
@@ -120,6 +123,12 @@ def test_sizes_and_goals_that_do_not_fit_are_named(spec: Spec) -> None:
         ({"discount": 2.0}, "discount is 2"),
         ({"planner": PlannerConfig(steps=9)}, "more than the 8 noise levels"),
         ({"planner": PlannerConfig(execute="actions")}, "set actions: true"),
+        ({"planner": PlannerConfig(execute="inverse")}, "set inverse_dynamics: true"),
+        ({"planner": PlannerConfig(rows=7)}, r"planner.rows is 7.*multiple of 2.*take 6 or 8"),
+        ({"planner": PlannerConfig(rows=1)}, "take 2 or 4"),
+        ({"loss_discount": 0.0}, "loss_discount"),
+        ({"condition_dropout": 1.0}, "condition_dropout is 1"),
+        ({"condition_dropout": 0.0, "planner": PlannerConfig(condition_weight=1.0)}, "unconditional estimate"),
         ({"planner": PlannerConfig(tracker=Tracker(position=(0, 7)))}, "make 4 columns"),
     ):
         with pytest.raises(UserError, match=word):
@@ -128,3 +137,99 @@ def test_sizes_and_goals_that_do_not_fit_are_named(spec: Spec) -> None:
         Diffuser(spec, dataclasses.replace(SMALL, goal_columns=(0,)))
     with pytest.raises(UserError, match="did you mean 'desired_goal'"):
         Diffuser(spec, dataclasses.replace(SMALL, goal_field="desired_gaol"))
+
+
+def test_the_loss_is_weighted_as_in_the_papers_code(store: Trajectories) -> None:
+    """Janner et al.'s get_loss_weights: discount^row with mean one, then the first row's actions."""
+    diffuser = build(store, actions=True, action_weight=10.0, loss_discount=0.5, goal_field=None)
+    batch, seen = Windows(store, 4, 2).gather(np.array([8, 9]), torch.arange(2)), []
+    weight = np.repeat(0.5 ** np.arange(4.0)[:, None], 8, axis=1)
+    weight /= weight.mean()
+    weight[0, :4], weight[0, 4:] = 10, 0  # two steps of two actions, then the known state
+
+    def spy(x: torch.Tensor, k: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        seen.append(torch.zeros_like(x, requires_grad=True))
+        return seen[0]
+
+    diffuser.network.forward = spy  # type: ignore[method-assign]
+    loss = mean(diffuser(batch))
+    loss.backward()
+    clean = diffuser.codec.encode(batch)
+    assert torch.allclose(seen[0].grad, -2 * torch.from_numpy(weight).float() * clean / (2 * (32 - 4)), atol=1e-6)
+    assert float(loss.detach()) == pytest.approx(float((clean**2 * torch.from_numpy(weight)).sum()) / (2 * (32 - 4)), rel=1e-5)
+
+
+def test_conditioned_plans_follow_the_return_they_are_asked_for(spec: Spec) -> None:
+    """The second coordinate jumps to +1 with reward 1 or to -1 with reward 0: the return tells which."""
+    rng, episodes = np.random.default_rng(0), []
+    for _ in range(200):
+        side = rng.integers(2)
+        obs = np.zeros((9, 8))
+        obs[:, 4] = rng.normal()
+        obs[1:, 5] = 2 * side - 1
+        episodes.append(Episode(obs, np.zeros((8, 2)), np.full(8, float(side)), False))
+    store = Trajectories.from_episodes(spec, episodes)
+    diffuser = build(store, channels=16, goal_field=None, condition_dropout=0.25, stride=1)
+    windows, optimiser = Windows(store, 4, 1), torch.optim.Adam(diffuser.parameters(), 4e-3)
+    starts = store.offsets[:-1]
+    for step in range(150):
+        batch = windows.gather(rng.choice(starts, size=32), seeding.keys(0, step, torch.arange(32)))
+        optimiser.zero_grad()
+        mean(diffuser(batch)).backward()
+        optimiser.step()
+    obs, key = np.zeros((40, 8)), seeding.keys(1, 0, torch.arange(40))
+
+    def side(**planner: object) -> np.ndarray:
+        diffuser.config = dataclasses.replace(diffuser.config, planner=PlannerConfig(steps=8, **planner))  # type: ignore[arg-type]
+        return diffuser.plan(obs, key).obs[:, 2, 1].numpy()
+
+    assert (side(target=0.95) > 0.5).mean() > 0.9 and (side(target=0.05) < -0.5).mean() > 0.9
+    x, k = torch.randn(3, 4, 4), torch.tensor([1, 4, 7])
+    told, plain = diffuser.denoise(x, k, torch.full((3, 1), 0.9)), diffuser.denoise(x, k)
+    assert not torch.allclose(told, plain)
+    assert torch.equal(diffuser.denoise(x, k, torch.full((3, 1), torch.nan)), plain), "NaN: told nothing"
+    side(target=0.95, condition_weight=2.0)
+    assert torch.allclose(diffuser._targeted(x, k), 3 * told - 2 * plain, atol=1e-5)
+
+
+def test_the_condition_is_dropped_for_its_share_of_the_windows(store: Trajectories) -> None:
+    diffuser = build(store, condition_dropout=0.25)
+    batch = Windows(store, 4, 2).gather(np.full(4000, 8), seeding.keys(0, 0, torch.arange(4000)))
+    told = diffuser._told(batch)
+    assert told is not None and abs(float(told.isnan().float().mean()) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
+    assert (told[~told.isnan()].abs() <= 1).all()
+
+
+def test_inverse_dynamics_finds_the_actions_between_states(spec: Spec) -> None:
+    """Position moves by the action: with stride 2 the mean of a block's two actions is half of the way."""
+    rng, episodes = np.random.default_rng(0), []
+    for _ in range(100):
+        action = rng.uniform(-1, 1, size=(8, 2)) * [1, 2]
+        action[1::2] = action[::2]  # both steps of a block alike, so that the states tell them
+        obs = np.zeros((9, 8))
+        obs[1:, 4:6] = action.cumsum(0)
+        episodes.append(Episode(obs, action, np.zeros(8), False))
+    store = Trajectories.from_episodes(spec, episodes)
+    diffuser = build(store, goal_field=None, inverse_dynamics=True, planner=PlannerConfig(execute="inverse", steps=1))
+    assert diffuser.needs.groups == {"denoiser": ("network.",), "inverse": ("inverse.",)}
+    windows, optimiser = Windows(store, 4, 2), torch.optim.Adam(diffuser.inverse.parameters(), 5e-3)
+    starts = windows.starts[(windows.starts - store.offsets[0]) % 9 % 2 == 0]
+    for step in range(400):
+        batch = windows.gather(rng.choice(starts, size=64), seeding.keys(0, step, torch.arange(64)))
+        optimiser.zero_grad()
+        mean(diffuser(batch, "inverse")).backward()
+        optimiser.step()
+    plan = diffuser.plan(np.zeros((5, 8)), torch.arange(5))
+    assert plan.action is not None and plan.action.shape == (5, 3, 2, 2)
+    known = windows.gather(store.offsets[:5], torch.arange(5))
+    between = diffuser.codec.action_norm.decode(diffuser._between(diffuser.codec.encode_obs(known.obs)))
+    assert float((between - known.action).abs().mean()) < 0.1
+    played = diffuser.policy(seed=0).act(np.zeros((5, 8)))[0]
+    again = diffuser.policy(seed=0).propose(np.zeros((5, 8)), torch.tensor([seeding.key(0, i, 0, 0) for i in range(5)]))
+    assert again.action is not None and np.allclose(played, again.action[:, 0, 0].numpy().clip([-1, -2], [1, 2]))
+
+
+def test_plans_may_be_longer_than_the_windows_of_training(store: Trajectories) -> None:
+    plan = build(store, planner=PlannerConfig(rows=10)).plan(np.asarray(store.obs[:2]), torch.tensor([1, 2]))
+    assert plan.obs.shape == (2, 10, 4)
+    assert np.allclose(plan.obs[:, -1, :2], store.obs[:2, 2:4], atol=1e-4), "the goal is in the last row of these"

@@ -25,3 +25,12 @@ def test_the_last_level_is_noise(kind: str, levels: int) -> None:
 def test_level_minus_one_is_clean() -> None:
     schedule = Schedule(8)
     assert schedule.abar_at(torch.tensor([-1, 0])).flatten().tolist() == [1.0, pytest.approx(float(schedule.abar[0]))]
+
+
+def test_velocity_and_noise_say_the_same_about_clean_rows() -> None:
+    schedule, x, noise = Schedule(50), torch.randn(4, 3, 2), torch.randn(4, 3, 2)
+    k = torch.tensor([0, 7, 30, 49])
+    noisy = schedule.add_noise(x, noise, k)
+    velocity = schedule.velocity(x, noise, k)
+    assert torch.allclose(schedule.clean_from_velocity(noisy, velocity, k), x, atol=1e-5)
+    assert torch.allclose(velocity.square() + noisy.square(), x.square() + noise.square(), atol=1e-4), "a rotation"
