@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from offline_cai import config, export
 from offline_cai.errors import UserError, did_you_mean
 
 
@@ -308,6 +310,33 @@ class Algorithm(nn.Module, ABC):
         offline.
         """
         raise NotImplementedError
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write what it takes to act into a new folder: weights, config, spec and their checksums.
+
+        Raises:
+            UserError: the folder exists, or the disk refuses.
+        """
+        name = type(self).__module__.rpartition(".")[-1]
+        data = {"algorithm": name, "config": config.to_dict(self.config), "spec": self.spec.to_json()}
+        export.write_whole(Path(folder), data, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """The algorithm of an export, ready to act: `save_pretrained`'s folder, a checkpoint, or a run.
+
+        Raises:
+            UserError: there is none, it is damaged or of another algorithm, or a tensor is missing, unknown or of
+                another shape.
+        """
+        folder = export.find(folder)
+        data, tensors = export.read(folder)
+        own = cls.__module__.rpartition(".")[-1]
+        if data["algorithm"] != own:
+            raise UserError(f"{folder} holds a {data['algorithm']!r}, not a {own!r}: name another run.")
+        algorithm = cls(Spec.from_json(data["spec"]), config.build(cls.Config, data["config"], str(folder)))
+        export.assign(algorithm, tensors, str(folder))
+        return algorithm.eval()
 
 
 class SourceState(NamedTuple):

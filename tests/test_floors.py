@@ -7,7 +7,7 @@ import offline_cai
 
 PACKAGE = Path(offline_cai.__file__).parent
 FLOORS = [
-    {"errors", "files", "interrupts", "provenance", "core", "config", "seeding", "spaces", "inference"},
+    {"errors", "files", "interrupts", "provenance", "core", "config", "export", "seeding", "spaces", "inference"},
     {"data", "networks", "environments"},
     {"diffusion"},
     {"planning"},

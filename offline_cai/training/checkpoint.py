@@ -1,7 +1,7 @@
 """Checkpoints: an export to act with and a state to resume from, as safetensors and JSON. Nothing is executed on load.
 
     checkpoints/step-00004000/manifest.json                                sha256 of every file below
-                              export/config.json  model.safetensors        averaged weights and normalisers
+                              export/                                      averaged weights and normalisers (export.py)
                               state/state.json  training.safetensors       raw weights, optimisers, average
 
 A checkpoint is written under a temporary name, flushed to the disk and then renamed: it is there whole or not at all.
@@ -19,16 +19,22 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from offline_cai import __version__, algorithms, config
+from offline_cai import export as exports
 from offline_cai.core import Algorithm, Spec
 from offline_cai.errors import Notice, UserError
+from offline_cai.export import assign, digest, savable, tensors_in
 from offline_cai.files import read_json
 
 FORMAT = 2
-FILES = {"export/config.json", "export/model.safetensors", "state/state.json", "state/training.safetensors"}
+FILES = {
+    *(f"export/{name}" for name in (*exports.FILES, "manifest.json")),
+    "state/state.json",
+    "state/training.safetensors",
+}
 
 
 class Export(NamedTuple):
@@ -38,6 +44,9 @@ class Export(NamedTuple):
     config: Any
     spec: Spec
     weights: Mapping[str, Tensor]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"algorithm": self.algorithm, "config": config.to_dict(self.config), "spec": self.spec.to_json()}
 
 
 def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -58,11 +67,11 @@ def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor],
         folder.mkdir(parents=True, exist_ok=True)
         for left in (*folder.glob(".writing-*"), *folder.glob(".removing-*")):
             shutil.rmtree(left)
-        _write_export(temporary / "export", export)
+        exports.write(temporary / "export", export.to_json(), export.weights)
         (temporary / "state").mkdir()
-        save_file(_savable(tensors), temporary / "state" / "training.safetensors")
+        save_file(savable(tensors), temporary / "state" / "training.safetensors")
         (temporary / "state" / "state.json").write_text(json.dumps({"step": step, **state}))
-        manifest = {name: _digest(temporary / name) for name in sorted(FILES)}
+        manifest = {name: digest(temporary / name) for name in sorted(FILES)}
         data = {"format": FORMAT, "version": __version__, "step": step, "sha256": manifest}
         (temporary / "manifest.json").write_text(json.dumps({**data, "own sha256": _own_digest(data)}, indent=1))
         for path in (*temporary.rglob("*"), temporary):
@@ -83,22 +92,6 @@ def prune(folder: Path, keep: int, best: int | None) -> None:
         if best is None or old.name != f"step-{best:08d}":
             gone = old.rename(folder / f".removing-{old.name}")  # half removed, it should not look like a damaged one
             shutil.rmtree(gone, ignore_errors=True)
-
-
-def _write_export(folder: Path, export: Export) -> None:
-    folder.mkdir(parents=True)
-    save_file(_savable(export.weights), folder / "model.safetensors")
-    data = {"algorithm": export.algorithm, "config": config.to_dict(export.config), "spec": export.spec.to_json()}
-    (folder / "config.json").write_text(json.dumps(data, indent=1))
-
-
-def _savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _own_digest(manifest: Mapping[str, Any]) -> str:
@@ -170,8 +163,8 @@ def verify(path: Path) -> int:
             raise UserError(f"{path / 'manifest.json'} does not list {', '.join(sorted(FILES))}: it is damaged.")
         if own != _own_digest(manifest):
             raise UserError(f"{path / 'manifest.json'} differs from what was written: the checkpoint is damaged.")
-        for name, digest in dict(manifest["sha256"]).items():
-            if _digest(path / name) != digest:
+        for name, wanted in dict(manifest["sha256"]).items():
+            if digest(path / name) != wanted:
                 raise UserError(f"{path / name} differs from what was written: the checkpoint is damaged.")
         return int(manifest["step"])
     except UserError:
@@ -187,11 +180,8 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Algorithm:
         UserError: no checkpoint, a damaged one, or weights of another shape than its config says.
     """
     path = find(path)
-    data = read_json(path / "export" / "config.json", "algorithm", "config", "spec")
-    cls = algorithms.find(data["algorithm"])
-    algorithm = cls(Spec.from_json(data["spec"]), config.build(cls.Config, data["config"], str(path)))
-    assign(algorithm, _tensors(path / "export" / "model.safetensors"), str(path))
-    return algorithm.to(device).eval()
+    data = read_json(path / "export" / "config.json", "algorithm")
+    return algorithms.find(data["algorithm"]).from_pretrained(path / "export").to(device)
 
 
 def source_facts(path: Path) -> dict[str, Any]:
@@ -202,30 +192,4 @@ def source_facts(path: Path) -> dict[str, Any]:
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the JSON that a resume needs, from a checkpoint that `find` gave."""
     facts = read_json(path / "state" / "state.json", "step", "experiment", "training", "source")
-    return _tensors(path / "state" / "training.safetensors"), facts
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): the checkpoint is damaged. Take another.") from None
-
-
-def assign(algorithm: Algorithm, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy weights by name; every name and shape has to fit.
-
-    Raises:
-        UserError: names the first tensor that is missing, unknown or of another shape.
-    """
-    own = algorithm.state_dict()
-    for name in (*own, *tensors):
-        if name not in tensors or name not in own:
-            side = "is missing from" if name not in tensors else "is unknown to the model but is in"
-            raise UserError(f"the tensor {name!r} {side} {where}: the checkpoint is of another model or version.")
-        if own[name].shape != tensors[name].shape:
-            raise UserError(
-                f"the tensor {name!r} has shape {tuple(tensors[name].shape)} in {where}, but this config makes it "
-                f"{tuple(own[name].shape)}: resume with the config that the run was started with, or start a new run."
-            )
-    algorithm.load_state_dict(dict(tensors))
+    return tensors_in(path / "state" / "training.safetensors"), facts

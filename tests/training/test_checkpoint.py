@@ -78,16 +78,16 @@ def test_a_half_written_checkpoint_is_none(tmp_path: Path, spec: Spec, monkeypat
 
 
 def rewrite(path: Path, change) -> None:  # type: ignore[no-untyped-def]
-    """Change the export's config and make the manifest agree, as someone editing by hand might."""
-    file = path / "export" / "config.json"
-    data = json.loads(file.read_text())
+    """Change the export's config and make the manifests agree, as someone editing by hand might."""
+    data = json.loads((path / "export" / "config.json").read_text())
     change(data)
-    file.write_text(json.dumps(data))
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["sha256"]["export/config.json"] = checkpoint._digest(file)
-    del manifest["own sha256"]
-    manifest["own sha256"] = checkpoint._own_digest(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "export" / "config.json").write_text(json.dumps(data))
+    for folder, names in ((path / "export", ["config.json"]), (path, ["export/config.json", "export/manifest.json"])):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["sha256"] |= {name: checkpoint.digest(folder / name) for name in names}
+        if manifest.pop("own sha256", None):
+            manifest["own sha256"] = checkpoint._own_digest(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_weights_of_another_shape_or_name_are_named(tmp_path: Path, spec: Spec) -> None:
