@@ -201,7 +201,7 @@ class Diffuser(Algorithm):
     def _denoising_loss(self, batch: Batch) -> Loss:
         """Squared error of the network's prediction over the rows that are not known (paper, appendix C)."""
         x = self.codec.encode(batch)
-        known = Known(x, self._mask(x))
+        known = Known(x, self.mask(x))
         k = seeding.integers(batch.key, self.config.levels, stream=0)
         noise = seeding.normal(batch.key, tuple(x.shape[1:]), stream=1)
         noisy = known.impose(self.schedule.add_noise(x, noise, k))
@@ -237,7 +237,7 @@ class Diffuser(Algorithm):
         pairs = torch.cat([states[:, :-1], states[:, 1:]], dim=-1)
         return self.inverse(pairs).unflatten(-1, (self.config.stride, self.spec.action_width))
 
-    def _mask(self, x: Tensor) -> Tensor:
+    def mask(self, x: Tensor) -> Tensor:
         """The first row's state, and in the last row the goal's columns."""
         mask = torch.zeros_like(x, dtype=torch.bool)
         mask[:, 0, self.codec.actions :] = True
@@ -257,7 +257,7 @@ class Diffuser(Algorithm):
         value = self.codec.obs_norm.encode(rows)
         if self.codec.actions:
             value = torch.cat([value.new_zeros(*value.shape[:2], self.codec.actions), value], dim=-1)
-        return Known(value, self._mask(value))
+        return Known(value, self.mask(value))
 
     @torch.no_grad()
     def plan(self, obs: np.ndarray, key: Tensor) -> Plan:

@@ -43,8 +43,8 @@ def observations(store: Trajectories) -> np.ndarray:
     return np.asarray(store.obs[store.step_rows()][:3], dtype=np.float64)
 
 
-def test_the_two_algorithms_of_the_first_version_are_found() -> None:
-    assert {"bc", "diffuser"} <= set(NAMES)
+def test_algorithms_are_found_by_their_files() -> None:
+    assert {"bc", "diffuser", "guide"} <= set(NAMES)
     with pytest.raises(UserError, match="did you mean 'diffuser'"):
         algorithms.find("difuser")
 

@@ -71,7 +71,7 @@ def test_training_lowers_the_loss_and_the_denoiser_returns_clean_rows(spec: Spec
         losses.append(float(loss.detach()))
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
     x = diffuser.codec.encode(windows.gather(windows.starts, torch.arange(len(windows.starts))))
-    known, k = Known(x, diffuser._mask(x)), torch.full((len(x),), 3)
+    known, k = Known(x, diffuser.mask(x)), torch.full((len(x),), 3)
     noisy = known.impose(diffuser.schedule.add_noise(x, torch.randn(x.shape), k))
     error = (diffuser.denoise(noisy, k).detach() - x)[~known.mask]
     assert float((error**2).mean()) < 0.25 * float((x**2).mean()), "x_0, whatever the network predicts"
@@ -93,7 +93,7 @@ def test_known_entries_carry_no_loss(store: Trajectories) -> None:
     diffuser.network.forward = spy  # type: ignore[method-assign]
     mean(diffuser(batch)).backward()
     (x, out), clean = seen[0], diffuser.codec.encode(batch)
-    mask = diffuser._mask(clean)
+    mask = diffuser.mask(clean)
     assert torch.equal(x[mask], clean[mask]), "known entries enter without noise"
     assert (out.grad[mask] == 0).all() and (out.grad[~mask] != 0).all()
 
