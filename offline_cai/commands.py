@@ -181,7 +181,7 @@ def plan(path: Path, count: int, seed: int, output: Path | None = None, overwrit
         obs, maze = _pairs(make(*source), algorithm.spec, count, seed)
         key = torch.tensor([seeding.key(seed, i) for i in range(count)])
         before = time.perf_counter()
-        rows = algorithm.plan(obs, key).obs.double().numpy()
+        rows = algorithm.plan(obs, key).best.obs[:, 0].double().numpy()
         seconds = time.perf_counter() - before
         paths, goals = _dense(algorithm, rows), obs[:, algorithm.spec.columns("desired_goal")]
         facts = {
@@ -197,7 +197,7 @@ def plan(path: Path, count: int, seed: int, output: Path | None = None, overwrit
         panels = [(p, g, r[:, :2]) for p, g, r in zip(paths, goals, rows, strict=True)][:8]
         (folder / "plans.png").write_bytes(plots.png(plots.grid(maze, panels)))
         trace = algorithm.denoising(obs[:1], key[:1], min(24, algorithm.config.levels))
-        frames = np.stack([step.obs[0, :, :2].numpy() for step in trace])
+        frames = np.stack([step.obs[0, 0, :, :2].numpy() for step in trace])
         plots.animation(folder / "denoising.gif", maze, frames, goals[0])
         (folder / "plans.json").write_text(json.dumps(facts, indent=1))
     note_stage(run.folder, "plan", time.monotonic() - began)

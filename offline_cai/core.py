@@ -212,11 +212,25 @@ class Denoiser(Protocol):
 
 
 class Plan(NamedTuple):
-    """Planned rows in raw units, one row every `stride` steps, from the state they were asked for."""
+    """For each of N states n weighted plans in raw units, one row every `stride` steps, from that state on."""
 
-    obs: Tensor  # [N, R, O'] the fields that the codec selects
-    action: Tensor | None  # [N, R, k, A]; [N, R-1, k, A] where they lie between the rows (inverse dynamics)
+    obs: Tensor  # [N, n, R, O'] the fields that the codec selects
+    action: Tensor | None  # [N, n, R, k, A]; R-1 of them where they lie between the rows (inverse dynamics)
     stride: int
+    log_weight: Tensor  # [N, n] nats; their exponentials add up to one
+    log_evidence: Tensor | None = None  # [N] nats: log E[exp(evidence)] given the known states, where there is evidence
+
+    @classmethod
+    def one_each(cls, obs: Tensor, action: Tensor | None, stride: int) -> Plan:
+        """A single plan for each state: obs [N, R, O'], action [N, R, k, A]."""
+        return cls(obs[:, None], None if action is None else action[:, None], stride, obs.new_zeros(len(obs), 1))
+
+    @property
+    def best(self) -> Plan:
+        """Of each state the plan that weighs most: n is 1."""
+        states, chosen = torch.arange(len(self.obs)), self.log_weight.argmax(1).cpu()
+        action = None if self.action is None else self.action[states, chosen][:, None]
+        return Plan(self.obs[states, chosen][:, None], action, self.stride, self.log_weight.new_zeros(len(states), 1))
 
 
 class Policy(Protocol):
@@ -299,6 +313,12 @@ class Algorithm(nn.Module, ABC):
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         """One iteration. Override for phases in order, targets, duals, epochs or a line search."""
         return step(batch)
+
+    def finish(self, draw: Callable[[int], Batch]) -> None:  # noqa: B027
+        """After the last step, with the weights that act: set what is estimated from `draw(n)`, n windows of the data.
+
+        It is called in every process, on the same windows.
+        """
 
     @abstractmethod
     def policy(self, seed: int = 0, **options: Any) -> Policy: ...

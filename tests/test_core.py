@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from offline_cai.core import Box, Discrete, Field, Known, Spec
+from offline_cai.core import Box, Discrete, Field, Known, Plan, Spec
 from offline_cai.errors import UserError
 
 
@@ -41,3 +41,14 @@ def test_choices_have_no_unit_box() -> None:
 def test_known_rows_are_imposed() -> None:
     known = Known(torch.ones(1, 2, 2), torch.tensor([[[True, False], [False, False]]]))
     assert known.impose(torch.zeros(1, 2, 2)).tolist() == [[[1.0, 0.0], [0.0, 0.0]]]
+
+
+def test_the_best_plan_is_the_one_that_weighs_most() -> None:
+    obs, action = torch.arange(2 * 3 * 4.0).reshape(2, 3, 4, 1), torch.arange(2 * 3.0).reshape(2, 3, 1, 1, 1)
+    weight = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]]).log()
+    best = Plan(obs, action, 2, weight, torch.zeros(2)).best
+    assert torch.equal(best.obs, obs[[0, 1], [1, 0]][:, None]) and best.stride == 2
+    assert best.action is not None and best.action.flatten().tolist() == [1, 3]
+    assert torch.equal(best.log_weight, torch.zeros(2, 1))
+    alone = Plan.one_each(obs[:, 0], None, 2)
+    assert alone.best.obs.shape == (2, 1, 4, 1) and alone.action is None

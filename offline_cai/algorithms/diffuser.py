@@ -295,7 +295,7 @@ class Diffuser(Algorithm):
         rows, action = self.codec.decode(x)
         if self.config.planner.execute == "inverse":
             action = self.codec.action_norm.decode(self._between(x[..., self.codec.actions :]))
-        return Plan(rows.cpu(), None if action is None else action.cpu(), self.config.stride)
+        return Plan.one_each(rows.cpu(), None if action is None else action.cpu(), self.config.stride)
 
     def policy(self, seed: int = 0, **options: Any) -> Planner:
         """The planner as a policy; `options` override fields of `config.planner` other than the sampler's."""

@@ -61,7 +61,7 @@ class OccupancyPaths:
         paths = [self._walk(row[self._position], row[self._goal]) for row in obs]
         length = max(len(path) for path in paths)
         rows = [np.concatenate([path, np.repeat(path[-1:], length - len(path), axis=0)]) for path in paths]
-        return Plan(torch.from_numpy(np.stack(rows)), None, self._stride)
+        return Plan.one_each(torch.from_numpy(np.stack(rows)), None, self._stride)
 
     def _walk(self, start: np.ndarray, goal: np.ndarray) -> np.ndarray:
         """Rows (x, y, vx, vy) from start to goal at constant speed, at rest in the end."""

@@ -14,7 +14,7 @@ from offline_cai.errors import UserError
 from offline_cai.planning.tracking import Tracker
 
 Propose = Callable[[np.ndarray, Tensor], Plan]
-"""Observations [N, O] and random keys [N] to one plan each."""
+"""Observations [N, O] and random keys [N] to plans; the best of each is executed."""
 
 
 class Planner:
@@ -81,11 +81,11 @@ class Planner:
         """New scripts for the environments `which`: desired states or actions, one row per time step."""
         key = torch.tensor([seeding.key(self._seed, i, self._episode[i], self._plan_number[i]) for i in which])
         began = time.perf_counter()
-        plan = self.propose(obs[which], key)
+        plan = self.propose(obs[which], key).best
         self.seconds += time.perf_counter() - began
         self.plans_made += len(which)
         if self._execute == "track":
-            scripts = self.tracker.states(plan.obs.double().numpy(), plan.stride, self._spec.dt or 0.0)
+            scripts = self.tracker.states(plan.obs[:, 0].double().numpy(), plan.stride, self._spec.dt or 0.0)
         elif plan.action is None:
             raise UserError("these plans hold no actions: train with model.actions: true, or track the planned states.")
         else:

@@ -18,7 +18,7 @@ def corner() -> np.ndarray:
 def test_the_path_stays_where_the_data_was_at_the_data_s_speed() -> None:
     paths = OccupancyPaths(corner(), POSITION, GOAL, stride=4, dt=0.01)
     plan = paths(np.array([[0.0, 0.0, 1.0, 1.0]]), torch.zeros(1, dtype=torch.int64))
-    rows = plan.obs[0].numpy()
+    rows = plan.obs[0, 0].numpy()
     assert np.allclose(rows[0, :2], [0, 0]) and np.allclose(rows[-1], [1, 1, 0, 0])
     off = np.minimum(np.abs(rows[:, 1]), np.abs(rows[:, 0] - 1))
     assert off.max() < 0.1, "not across the square"
@@ -30,7 +30,7 @@ def test_the_path_stays_where_the_data_was_at_the_data_s_speed() -> None:
 def test_plans_of_one_call_share_a_length() -> None:
     paths = OccupancyPaths(corner(), POSITION, GOAL, stride=4, dt=0.01)
     plan = paths(np.array([[0.0, 0.0, 1.0, 1.0], [0.9, 0.0, 1.0, 0.0]]), torch.zeros(2, dtype=torch.int64))
-    assert plan.obs.shape[0] == 2 and np.allclose(plan.obs[1, -5:], [1, 0, 0, 0])
+    assert plan.obs.shape[0] == 2 and np.allclose(plan.obs[1, 0, -5:], [1, 0, 0, 0])
 
 
 def test_no_way_in_the_data_is_an_error() -> None:

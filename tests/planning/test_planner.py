@@ -20,7 +20,7 @@ class Propose:
         self.keys += key.tolist()
         rows = np.repeat(obs[:, None, 4:8], 3, axis=1) + np.arange(3)[:, None] * 0.01
         action = torch.arange(3 * self.stride * 2).reshape(1, 3, self.stride, 2).repeat(len(obs), 1, 1, 1) / 10
-        return Plan(torch.from_numpy(rows), action if self.actions else None, self.stride)
+        return Plan.one_each(torch.from_numpy(rows), action if self.actions else None, self.stride)
 
 
 def observe(*positions: float) -> np.ndarray:
