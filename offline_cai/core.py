@@ -315,9 +315,9 @@ class Algorithm(nn.Module, ABC):
         return step(batch)
 
     def finish(self, draw: Callable[[int], Batch]) -> None:  # noqa: B027
-        """After the last step, with the weights that act: set what is estimated from `draw(n)`, n windows of the data.
+        """Estimate what goes with the weights that act, from `draw(n)`, n windows of the data: they are in place now.
 
-        It is called in every process, on the same windows.
+        It is called before an export that ends a training, and before an evaluation; not in every process.
         """
 
     @abstractmethod

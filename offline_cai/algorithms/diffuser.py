@@ -7,6 +7,7 @@ The paper's maze recipe is horizon 128, stride 1, multipliers 1-4-8, 64 levels, 
 are fewer, longer steps, which learn the same mazes in a fraction of the time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from offline_cai import seeding
 from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Plan, Spec, Step
 from offline_cai.data.codec import Codec, Normaliser, NormaliserKind
+from offline_cai.diffusion.residual import Residual, measure
 from offline_cai.diffusion.sampler import ddim, ddpm
 from offline_cai.diffusion.schedule import Schedule, ScheduleKind
 from offline_cai.errors import UserError
@@ -95,6 +97,11 @@ class DiffuserConfig:
     """Whether to learn the actions of a row from its state and the next row's (needed for planner.execute: inverse)."""
     inverse_hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers of the inverse dynamics."""
+    residual_windows: int = 0
+    """Windows of data that the covariance of the denoiser's residual is measured on after training, at each level:
+    corrected guidance and the analytic reverse variance need it; 0: it is not measured."""
+    residual_rank: int | None = None
+    """Directions that it keeps, the others share one variance; null: all of them."""
     discount: float = 0.99
     """Discount of the return-to-go, per time step."""
     planner: PlannerConfig = field(default_factory=PlannerConfig)
@@ -102,6 +109,10 @@ class DiffuserConfig:
 
     def __post_init__(self) -> None:
         sizes = {"rows": self.rows, "stride": self.stride, "channels": self.channels, "levels": self.levels}
+        if self.residual_windows < 0 or (self.residual_rank is not None and self.residual_rank < 0):
+            raise UserError(
+                f"residual_windows ({self.residual_windows}) and residual_rank ({self.residual_rank}) cannot be negative."
+            )
         for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"{name} is {value}; it has to be at least 1.")
@@ -130,6 +141,7 @@ class Diffuser(Algorithm):
     Config = DiffuserConfig
     config: DiffuserConfig
     loss_weight: Tensor  # [R, D]
+    residual_mask: Tensor  # [R, D] bool
 
     def __init__(self, spec: Spec, config: DiffuserConfig) -> None:
         super().__init__(spec, config)
@@ -146,6 +158,14 @@ class Diffuser(Algorithm):
         if c.inverse_dynamics:
             self.inverse = mlp(2 * width, c.inverse_hidden, c.stride * spec.action_width)
         self.register_buffer("loss_weight", self._loss_weight(), persistent=False)
+        if c.residual_windows:
+            mask = self.mask(torch.zeros(1, c.rows, self.codec.width))[0]
+            free = int((~mask).sum())
+            rank = free if c.residual_rank is None else min(c.residual_rank, free)
+            self.register_buffer("residual_basis", torch.zeros(c.levels, mask.numel(), rank))
+            self.register_buffer("residual_variance", torch.zeros(c.levels, rank))
+            self.register_buffer("residual_outer", torch.zeros(c.levels))
+            self.register_buffer("residual_mask", mask, persistent=False)
         used = (*(c.goal_columns if c.goal_field else ()), *c.planner.tracker.columns)
         if c.planner.execute == "track" and not all(0 <= column < width for column in used):
             raise UserError(
@@ -178,6 +198,28 @@ class Diffuser(Algorithm):
             self.return_norm.fit(chunk.returns[:, None] for chunk in chunks(self.config.discount))
         if self.config.inverse_dynamics:
             self.codec.action_norm.fit(chunk.action for chunk in chunks())
+
+    @torch.no_grad()
+    def finish(self, draw: Callable[[int], Batch]) -> None:
+        """Measures the residual covariance of the denoiser that is told nothing."""
+        c = self.config
+        if c.residual_windows:
+            batch = draw(c.residual_windows).to(self.schedule.abar.device)
+            x = self.codec.encode(batch)
+            found = measure(self._clipped, self.schedule, x, self.residual_mask, batch.key, c.residual_rank)
+            for name, tensor in found._asdict().items():
+                getattr(self, f"residual_{name}").copy_(tensor)
+
+    def _clipped(self, x: Tensor, k: Tensor) -> Tensor:
+        clean, clip = self.denoise(x, k), self._clip
+        return clean if clip is None else clean.clamp(-clip, clip)
+
+    @property
+    def residual(self) -> Residual | None:
+        """The measured covariance of x_0 - D(x_k, k), None where it is not measured."""
+        if not self.config.residual_windows or not (self.residual_outer.any() or self.residual_variance.any()):
+            return None
+        return Residual(*(getattr(self, f"residual_{name}") for name in Residual._fields))
 
     # Losses ----------------------------------------------------------------------------------------------------------
 

@@ -3,8 +3,9 @@
 import json
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from offline_cai import algorithms, config
-from offline_cai.core import Algorithm, Source, SourceState
+from offline_cai.core import Algorithm, Batch, Source, SourceState
 from offline_cai.data import catalogue
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.environments.make import env_spec
@@ -61,7 +62,8 @@ def train(
     with folder.locked(output, main):
         if main and not resume:
             folder.require_new(output)
-        run = _Run(experiment, output, state, source, quiet)
+        draw = partial(sources.sample, experiment, algorithm, trajectories)
+        run = _Run(experiment, output, state, source, draw, quiet)
         start = run.load() if resume and checkpoint.checkpoints(output / "checkpoints") else 0
         if start > experiment.training.steps:
             raise UserError(
@@ -92,8 +94,17 @@ def build(experiment: Experiment, trajectories: Trajectories | None) -> Algorith
 class _Run:
     """One training from its first step to its last, in one of its processes."""
 
-    def __init__(self, experiment: Experiment, output: Path, state: TrainingState, source: Source, quiet: bool) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        output: Path,
+        state: TrainingState,
+        source: Source,
+        draw: Callable[[int], Batch],
+        quiet: bool,
+    ) -> None:
         self.experiment, self.output, self.state, self.source = experiment, output, state, source
+        self.draw, self.finished = draw, -1
         self.c, self.accelerator = experiment.training, state.accelerator
         self.main = self.accelerator.is_main_process
         self.quiet = quiet or not self.main
@@ -182,6 +193,7 @@ class _Run:
         if self.practice is not None and step not in self.metrics.scores:
             with self.clock("evaluation"):
                 try:
+                    self.finish(step)
                     scores = self.practice(self.state.weights_to_act_with(), self.interrupt)
                     self._write(step, scores)
                     self.progress.say(f"train: step {step}, score {scores['score']:.1f}")
@@ -189,6 +201,12 @@ class _Run:
                     pass
         self.state.stop = bool(self.interrupt.asked)
         self.state.agree_to_stop()
+
+    def finish(self, step: int) -> None:
+        """What goes with the weights of `step`, once."""
+        if self.finished != step:
+            self.state.finish(self.draw)
+            self.finished = step
 
     # Nothing is lost ------------------------------------------------------------------------------------------------
 
@@ -206,6 +224,8 @@ class _Run:
                 parts = gather_object([self.source.state()])
             if not self.main:
                 return
+            if step == self.c.steps:
+                self.finish(step)
             facts = {name: value for part in parts for name, value in part.facts.items()}
             tensors = {f"source/{name}": value for part in parts for name, value in part.tensors.items()}
             target, algorithm = self.output / "checkpoints", self.state.algorithm

@@ -51,6 +51,14 @@ def _joined(accelerator: Accelerator) -> Callable[[np.ndarray], np.ndarray]:
     return gather
 
 
+def sample(experiment: Experiment, algorithm: Algorithm, data: Trajectories, count: int) -> Batch:
+    """As many windows of the data beside those of the steps: always the same."""
+    needs = algorithm.needs
+    windows = Windows(data, needs.horizon, needs.stride, needs.discount, needs.padding)
+    rows = windows.draw(seeding.rng(experiment.seed, -1), count)
+    return windows.gather(rows, seeding.keys(experiment.seed, -1, torch.arange(count)))
+
+
 class OfflineSource:
     """Windows of a fixed dataset. The batch of step k is a function of (seed, k) and has no other state.
 

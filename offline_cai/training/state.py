@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -162,6 +162,18 @@ class TrainingState:
         """The algorithm's state with averaged parameters."""
         names = (name for name, _ in self.algorithm.named_parameters())
         return {**self.algorithm.state_dict(), **dict(zip(names, self.ema, strict=False))}
+
+    def finish(self, draw: Callable[[int], Batch]) -> None:
+        """Let the algorithm estimate what goes with its averaged weights; its raw ones are as before."""
+        parameters = list(self.algorithm.parameters())
+        raw = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            if self.ema:
+                torch._foreach_copy_(parameters, self.ema)
+            self.algorithm.eval()
+            self.algorithm.finish(draw)
+            self.algorithm.train()
+            torch._foreach_copy_(parameters, raw)
 
     # Saving and resuming ---------------------------------------------------------------------------------------------
 

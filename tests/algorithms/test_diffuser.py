@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +235,22 @@ def test_plans_may_be_longer_than_the_windows_of_training(store: Trajectories) -
     plan = build(store, planner=PlannerConfig(rows=10)).plan(np.asarray(store.obs[:2]), torch.tensor([1, 2]))
     assert plan.obs.shape == (2, 1, 10, 4)
     assert np.allclose(plan.obs[:, 0, -1, :2], store.obs[:2, 2:4], atol=1e-4), "the goal is in the last row of these"
+
+
+def test_what_the_denoiser_leaves_open_is_measured_and_travels(store: Trajectories, tmp_path: Path) -> None:
+    """Against the plain sum over windows; the known numbers have none."""
+    diffuser = build(store, residual_windows=50)
+    windows = Windows(store, 4, 2)
+    batch = windows.gather(np.resize(windows.starts, 50), seeding.keys(0, 0, torch.arange(50)))
+    assert diffuser.residual is None
+    diffuser.finish(lambda count: batch if count == 50 else batch._replace(key=batch.key[:0]))
+    residual = diffuser.residual
+    assert residual is not None
+    level, x = 5, diffuser.codec.encode(batch)
+    known, k = Known(x, diffuser.mask(x)), torch.full((50,), level)
+    noisy = known.impose(diffuser.schedule.add_noise(x, seeding.normal(batch.key, (4, 4), stream=level), k))
+    error = ((x - diffuser.denoise(noisy, k).clamp(-1, 1)) * ~known.mask).flatten(1).detach()
+    assert torch.allclose(residual.at(level).matrix(), error.T @ error / 50, atol=1e-5)
+    diffuser.save_pretrained(tmp_path / "d")
+    again = Diffuser.from_pretrained(tmp_path / "d").residual
+    assert again is not None and all(torch.equal(a, b) for a, b in zip(again, residual, strict=True))
