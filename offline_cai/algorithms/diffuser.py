@@ -18,45 +18,16 @@ from torch import Tensor
 from offline_cai import seeding
 from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Plan, Spec, Step
 from offline_cai.data.codec import Codec, Normaliser, NormaliserKind
+from offline_cai.diffusion.evidence import Learned, fingerprint
+from offline_cai.diffusion.guidance import classifier_free
 from offline_cai.diffusion.residual import Residual, measure
-from offline_cai.diffusion.sampler import ddim, ddpm
+from offline_cai.diffusion.sampler import ddim
 from offline_cai.diffusion.schedule import Schedule, ScheduleKind
 from offline_cai.errors import UserError
 from offline_cai.networks.mlp import mlp
 from offline_cai.networks.temporal_unet import TemporalUNet
 from offline_cai.planning.planner import Planner
-from offline_cai.planning.tracking import Tracker
-
-
-@dataclass(frozen=True)
-class PlannerConfig:
-    """How plans are sampled and executed."""
-
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """The sampler of the reverse process."""
-    steps: int = 2
-    """Denoising steps of ddim; ddpm takes all levels."""
-    rows: int | None = None
-    """Rows of a plan; null: as many as the windows of training have."""
-    target: float = 0.95
-    """Quantile of the data's return-to-go that plans are conditioned on, where the model was trained with one."""
-    condition_weight: float = 0.0
-    """Classifier-free guidance w >= 0: x_0 is (1 + w) of the conditional estimate minus w of the unconditional one."""
-    execute: Literal["track", "actions", "inverse"] = "track"
-    """Follow the planned states with the tracker, play the planned actions, or those of the inverse dynamics."""
-    replan: int | None = None
-    """Steps after which a new plan is made; null: one plan per episode."""
-    tracker: Tracker = field(default_factory=Tracker)
-    """Columns and gains of the PD controller."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or (self.replan is not None and self.replan < 1):
-            raise UserError(f"planner: steps ({self.steps}) and replan ({self.replan}) have to be at least 1.")
-        if not 0 <= self.target <= 1 or not self.condition_weight >= 0:
-            raise UserError(
-                f"planner: target ({self.target}) is a quantile from 0 to 1, and condition_weight "
-                f"({self.condition_weight}) is at least 0."
-            )
+from offline_cai.planning.sampling import Model, PlannerConfig, draw, temperature_of
 
 
 @dataclass(frozen=True)
@@ -133,8 +104,15 @@ class DiffuserConfig:
             )
         if self.condition_dropout is not None and not 0 <= self.condition_dropout < 1:
             raise UserError(f"condition_dropout is {self.condition_dropout}; it is a share in [0, 1), or null.")
-        if self.condition_dropout == 0 and self.planner.condition_weight:
+        if self.condition_dropout == 0 and self.planner.condition_weight != 1:
             raise UserError("planner.condition_weight needs an unconditional estimate: set condition_dropout above 0.")
+        if self.planner.needs_residual and not self.residual_windows:
+            raise UserError(
+                "planner: corrected guidance and the analytic reverse variance need the residual covariance: set "
+                "residual_windows (4096, say)."
+            )
+        if self.residual_windows and self.condition_dropout is not None:
+            raise UserError("residual_windows measures a denoiser that is told nothing: leave condition_dropout null.")
 
 
 class Diffuser(Algorithm):
@@ -157,6 +135,8 @@ class Diffuser(Algorithm):
             self.return_norm = Normaliser(1, "quantile")
         if c.inverse_dynamics:
             self.inverse = mlp(2 * width, c.inverse_hidden, c.stride * spec.action_width)
+        self._learned: Learned | None = None
+        self._temperatures: tuple[float, float] | None = None
         self.register_buffer("loss_weight", self._loss_weight(), persistent=False)
         if c.residual_windows:
             mask = self.mask(torch.zeros(1, c.rows, self.codec.width))[0]
@@ -302,46 +282,86 @@ class Diffuser(Algorithm):
         return Known(value, self.mask(value))
 
     @torch.no_grad()
-    def plan(self, obs: np.ndarray, key: Tensor) -> Plan:
-        """One plan for each observation [N, O], with random keys [N]."""
-        known, key = self.known(obs), key.to(self.schedule.abar.device)
-        if self.config.planner.sampler == "ddpm":
-            x = ddpm(self._targeted, self.schedule, known, key, self._clip)
-        else:
-            x = ddim(self._targeted, self.schedule, known, key, self.config.planner.steps, clip=self._clip)
-        return self._decode(x)
+    def plan(self, obs: np.ndarray, key: Tensor, temperature: float | None = None) -> Plan:
+        """Plans for observations [N, O], with random keys [N], as `config.planner` says.
 
-    def _targeted(self, x: Tensor, k: Tensor, condition: Tensor | None = None) -> Tensor:
-        """The denoiser that plans are drawn with: told the target of the planner, if the model was trained with one."""
+        `temperature` stands in for the one that the config gives, or that its KL budget gives for these observations.
+        """
+        if temperature is None:
+            temperature = self.temperature(obs, key)
+        drawn = draw(self._model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner, temperature)
+        return self._decode(*drawn)
+
+    @torch.no_grad()
+    def temperature(self, obs: np.ndarray, key: Tensor) -> float:
+        """The temperature of the plans for observations [N, O]."""
+        return temperature_of(self._model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner)
+
+    def steer_by(self, learned: Learned, temperatures: tuple[float, float] | None) -> None:
+        """Let a learned return count as evidence, for temperatures within a range, if it has one.
+
+        Raises:
+            UserError: it was trained for another denoiser, schedule or codec.
+        """
+        learned.check(self.fingerprint)
+        self._learned, self._temperatures = learned, temperatures
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that noised rows and their denoising depend on."""
+        layout = torch.tensor([self.config.stride, *self.codec.columns])
+        parts = {"network": self.network, "codec": self.codec, "levels": self.schedule.abar}
+        return fingerprint(**parts, layout=layout, known=self.mask(self.loss_weight[None]))
+
+    @property
+    def _model(self) -> Model:
+        return Model(
+            self._denoise, self.schedule, self.codec, self._clip, self.residual, self._learned, self._temperatures
+        )
+
+    def _denoise(self, x: Tensor, k: Tensor) -> Tensor:
+        """The denoiser that plans are drawn with: told the planner's target, if the model was trained with returns."""
         c = self.config
         if c.condition_dropout is None:
             return self.denoise(x, k)
-        told = self.denoise(x, k, x.new_full((len(x), 1), 2 * c.planner.target - 1))
-        w = c.planner.condition_weight
-        return told if w == 0 else (1 + w) * told - w * self.denoise(x, k)
+        target = x.new_full((len(x), 1), 2 * c.planner.target - 1)
+        return classifier_free(self.denoise, target, c.planner.condition_weight)(x, k)
 
     @torch.no_grad()
     def denoising(self, obs: np.ndarray, key: Tensor, steps: int) -> list[Plan]:
-        """The plans while they are denoised by `steps` steps of DDIM, pure noise first: to look at."""
+        """Unguided plans while they are denoised by `steps` steps of DDIM, pure noise first: to look at."""
         trace: list[Tensor] = []
         key = key.to(self.schedule.abar.device)
-        ddim(self._targeted, self.schedule, self.known(obs), key, steps, clip=self._clip, trace=trace)
-        return [self._decode(x) for x in trace]
+        ddim(self._denoise, self.schedule, self.known(obs), key, steps, clip=self._clip, trace=trace)
+        return [self._decode(x[:, None], x.new_zeros(len(x), 1), None) for x in trace]
 
     @property
     def _clip(self) -> float | None:
         """Bound on x_0: the data's range where that is known; six standard deviations; none without a normaliser."""
         return {"limits": 1.0, "quantile": 1.0, "gaussian": 6.0, "none": None}[self.config.normaliser]
 
-    def _decode(self, x: Tensor) -> Plan:
-        rows, action = self.codec.decode(x)
+    def _decode(self, x: Tensor, log_weight: Tensor, log_evidence: Tensor | None) -> Plan:
+        """Rows [N, n, R, D] and their weights as plans."""
+        rows, action = self.codec.decode(x.flatten(0, 1))
         if self.config.planner.execute == "inverse":
-            action = self.codec.action_norm.decode(self._between(x[..., self.codec.actions :]))
-        return Plan.one_each(rows.cpu(), None if action is None else action.cpu(), self.config.stride)
+            action = self.codec.action_norm.decode(self._between(x.flatten(0, 1)[..., self.codec.actions :]))
+        apart = x.shape[:2]
+        action = None if action is None else action.unflatten(0, apart).cpu()
+        log_evidence = None if log_evidence is None else log_evidence.cpu()
+        return Plan(rows.unflatten(0, apart).cpu(), action, self.config.stride, log_weight.cpu(), log_evidence)
 
     def policy(self, seed: int = 0, **options: Any) -> Planner:
-        """The planner as a policy; `options` override fields of `config.planner` other than the sampler's."""
-        c = self.config.planner
+        """The planner as a policy; `options` override fields of `config.planner` other than the sampler's.
+
+        A KL budget becomes a temperature at the first plans, and stays it.
+        """
+        c, found = self.config.planner, []
+
+        def propose(obs: np.ndarray, key: Tensor) -> Plan:
+            if not found:
+                found.append(self.temperature(obs, key))
+            return self.plan(obs, key, found[0])
+
         execute = "track" if c.execute == "track" else "actions"
         settings = {"tracker": c.tracker, "execute": execute, "replan": c.replan, **options}
-        return Planner(self.spec, self.config.fields, self.plan, seed, **settings)
+        return Planner(self.spec, self.config.fields, propose, seed, **settings)

@@ -12,6 +12,7 @@ it travels with the guide, whose policy plans with both.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,12 +20,14 @@ import torch
 from torch import Tensor
 
 from offline_cai import seeding
-from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig, PlannerConfig
+from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig
 from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Spec, Step
 from offline_cai.data.codec import Normaliser
+from offline_cai.diffusion.evidence import Learned
 from offline_cai.errors import UserError
 from offline_cai.networks.temporal_value import TemporalValue
 from offline_cai.planning.planner import Planner
+from offline_cai.planning.sampling import PlannerConfig
 from offline_cai.spaces import require_same_spec
 
 STEEPEST = 6.0
@@ -136,8 +139,20 @@ class Guide(Algorithm):
             told = x.new_full((len(x), 1), math.log(deviation / temperature))
         return (mean + deviation * self.network(x, k.clamp(min=0), told)) / temperature
 
+    def guided(self) -> Diffuser:
+        """Its Diffuser, for whose plans this return is evidence."""
+        bounds = None
+        if self.config.kind == "evidence":
+            deviation = float(self.return_norm.scale)
+            bounds = (self.config.temperatures[0] * deviation, self.config.temperatures[1] * deviation)
+        self.diffuser.steer_by(Learned(self.log_evidence, self.diffuser.fingerprint), bounds)
+        return self.diffuser
+
+    def finish(self, draw: Callable[[int], Batch]) -> None:
+        self.diffuser.finish(draw)
+
     def policy(self, seed: int = 0, **options: Any) -> Planner:
-        return self.diffuser.policy(seed, **options)
+        return self.guided().policy(seed, **options)
 
 
 def gumbel_loss(excess: Tensor) -> Tensor:

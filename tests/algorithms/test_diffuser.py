@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from offline_cai import seeding
-from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig, PlannerConfig
+from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig
+from offline_cai.planning.sampling import PlannerConfig
 from offline_cai.core import Episode, Known, Loss, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
@@ -106,7 +107,7 @@ def test_the_sampler_of_the_config_is_used(store: Trajectories) -> None:
     calls: list[int] = []
     inner = diffuser.denoise
     diffuser.denoise = lambda x, k: (calls.append(1), inner(x, k))[1]  # type: ignore[method-assign,func-returns-value]
-    for planner, count in ((PlannerConfig(steps=3), 3), (PlannerConfig(sampler="ddpm"), 8)):
+    for planner, count in ((PlannerConfig(steps=3), 3), (PlannerConfig(sampler="ddpm", steps=8), 8), (PlannerConfig(sampler="dpm", steps=4), 4)):
         diffuser.config = dataclasses.replace(diffuser.config, planner=planner)
         calls.clear()
         diffuser.plan(obs, key)
@@ -129,8 +130,11 @@ def test_sizes_and_goals_that_do_not_fit_are_named(spec: Spec) -> None:
         ({"planner": PlannerConfig(rows=7)}, r"planner.rows is 7.*multiple of 2.*take 6 or 8"),
         ({"planner": PlannerConfig(rows=1)}, "take 2 or 4"),
         ({"loss_discount": 0.0}, "loss_discount"),
+        ({"planner": PlannerConfig(guide="corrected")}, "set residual_windows"),
+        ({"residual_windows": 9, "condition_dropout": 0.5}, "leave condition_dropout null"),
+        ({"residual_windows": -1}, "cannot be negative"),
         ({"condition_dropout": 1.0}, "condition_dropout is 1"),
-        ({"condition_dropout": 0.0, "planner": PlannerConfig(condition_weight=1.0)}, "unconditional estimate"),
+        ({"condition_dropout": 0.0, "planner": PlannerConfig(condition_weight=2.0)}, "unconditional estimate"),
         ({"planner": PlannerConfig(tracker=Tracker(position=(0, 7)))}, "make 4 columns"),
     ):
         with pytest.raises(UserError, match=word):
@@ -190,8 +194,8 @@ def test_conditioned_plans_follow_the_return_they_are_asked_for(spec: Spec) -> N
     told, plain = diffuser.denoise(x, k, torch.full((3, 1), 0.9)), diffuser.denoise(x, k)
     assert not torch.allclose(told, plain)
     assert torch.equal(diffuser.denoise(x, k, torch.full((3, 1), torch.nan)), plain), "NaN: told nothing"
-    side(target=0.95, condition_weight=2.0)
-    assert torch.allclose(diffuser._targeted(x, k), 3 * told - 2 * plain, atol=1e-5)
+    side(target=0.95, condition_weight=3.0)
+    assert torch.allclose(diffuser._denoise(x, k), 3 * told - 2 * plain, atol=1e-5)
 
 
 def test_the_condition_is_dropped_for_its_share_of_the_windows(store: Trajectories) -> None:

@@ -1,0 +1,152 @@
+"""Evidence as a config says it, on a model of independent Gaussian rows whose posterior is known in closed form."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from offline_cai import seeding
+from offline_cai.core import Box, Field, Known, Spec
+from offline_cai.data.codec import Codec
+from offline_cai.diffusion.constraints import HalfSpace, Inside, Outside
+from offline_cai.diffusion.evidence import Goal, Learned
+from offline_cai.diffusion.residual import wiener
+from offline_cai.diffusion.schedule import Schedule
+from offline_cai.errors import UserError
+from offline_cai.planning.sampling import EvidenceConfig, Model, PlannerConfig, draw, temperature_of
+
+ROWS, WIDTH, SCALE = 3, 2, 2.0  # rows ~ N(0, I) in the codec's units, whose raw units are twice as large
+SCHEDULE = Schedule(32)
+SPEC = Spec((Field("observation", WIDTH),), Box((-1.0,), (1.0,)))
+FREE = torch.zeros(ROWS, WIDTH, dtype=torch.bool)
+
+
+def denoise(x: Tensor, k: Tensor) -> Tensor:
+    return SCHEDULE.abar_at(k).sqrt() * x
+
+
+def model(**changes: Any) -> Model:
+    codec = Codec(SPEC, ROWS, actions=False, normaliser="gaussian")
+    codec.obs_norm.scale.fill_(SCALE)
+    residual = wiener(torch.eye(ROWS * WIDTH, dtype=torch.float64), SCHEDULE, FREE)
+    return Model(denoise, SCHEDULE, codec, None, residual, None, None)._replace(**changes)
+
+
+def nothing(n: int) -> tuple[Known, Tensor]:
+    value = torch.zeros(n, ROWS, WIDTH, dtype=torch.float64)
+    return Known(value, FREE.expand_as(value)), seeding.keys(0, 0, torch.arange(n))
+
+
+GOAL = EvidenceConfig(goals=(Goal((3.0,), (0,), width=2.0),))
+"""Half a nat at distance one of the codec's units from 1.5: the last row's first number becomes N(.75, 1/2)."""
+CORRECTED = PlannerConfig(sampler="ddpm", steps=32, reverse_variance="analytic", guide="corrected", evidence=GOAL)
+LOG_EVIDENCE = -0.5 * math.log(2) - 1.5**2 / 4
+
+
+def test_a_goal_in_raw_units_moves_the_plans_to_their_posterior() -> None:
+    drawn = draw(model(), *nothing(4000), CORRECTED)
+    x = drawn.x[:, 0]
+    assert drawn.x.shape == (4000, 1, ROWS, WIDTH) and (drawn.log_weight == 0).all() and drawn.log_evidence is None
+    assert abs(float(x[:, -1, 0].mean()) - 0.75) < 4 * math.sqrt(0.5 / 4000)
+    assert abs(float(x[:, -1, 0].var()) - 0.5) < 4 * 0.5 * math.sqrt(2 / 4000)
+    assert abs(float(x[:, 0, 0].mean())) < 4 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("way", [{"particles": 16}, {"candidates": 64, "guide": "none"}])
+def test_particles_and_candidates_weigh_and_know_the_evidence(way: dict[str, Any]) -> None:
+    drawn = draw(model(), *nothing(200), dataclasses.replace(CORRECTED, **way))
+    count = max(way.values(), key=lambda value: value if isinstance(value, int) else 0)
+    assert drawn.x.shape == (200, count, ROWS, WIDTH)
+    assert torch.allclose(drawn.log_weight.logsumexp(1), torch.zeros(200, dtype=torch.float64), atol=1e-6)
+    mean = (drawn.log_weight.exp() * drawn.x[:, :, -1, 0]).sum(1)
+    assert abs(float(mean.mean()) - 0.75) < 4 * float(mean.std()) / math.sqrt(200) + 0.02
+    assert drawn.log_evidence is not None
+    spread = float(drawn.log_evidence.std()) / math.sqrt(200)
+    assert abs(float(drawn.log_evidence.mean()) - LOG_EVIDENCE) < 4 * spread + 0.02
+    best = drawn.x[torch.arange(200), drawn.log_weight.argmax(1), -1, 0]
+    if "candidates" in way:
+        assert float((best - 1.5).abs().mean()) < 0.1, "the best of many is at the goal itself"
+
+
+def test_steered_candidates_are_compared_but_tell_no_evidence() -> None:
+    drawn = draw(model(), *nothing(5), dataclasses.replace(CORRECTED, candidates=4))
+    assert drawn.log_evidence is None and (drawn.log_weight.exp().sum(1) - 1).abs().max() < 1e-6
+
+
+def test_constraints_hold_where_they_are_projected() -> None:
+    box = Inside(columns=(0,), low=(-1.0,), high=(1.0,), width=0.1)
+    circle = Outside(columns=(0, 1), centre=(0.0, 0.0), radius=0.5, width=0.1)
+    half = HalfSpace(columns=(1,), normal=(1.0,), offset=0.0, width=0.1)
+    evidence = EvidenceConfig(inside=(box,), half_spaces=(half,), project=True)
+    raw = SCALE * draw(model(), *nothing(50), PlannerConfig(sampler="ddpm", steps=8, evidence=evidence)).x
+    assert float(raw[..., 0].abs().max()) <= 1 + 1e-6 and float(raw[..., 1].max()) <= 1e-6
+    soft = EvidenceConfig(outside=(circle,))
+    settings = PlannerConfig(sampler="ddpm", steps=8, guide="through_denoiser", evidence=soft, candidates=8)
+    raw = SCALE * draw(model(), *nothing(50), settings).x
+    plain = SCALE * draw(model(), *nothing(50), PlannerConfig(sampler="ddpm", steps=8)).x
+    assert float((raw.norm(dim=-1) < 0.5).double().mean()) < float((plain.norm(dim=-1) < 0.5).double().mean())
+    with pytest.raises(UserError, match="cannot satisfy"):
+        away = HalfSpace(columns=(0,), normal=(1.0,), offset=-3.0, width=0.1)
+        draw(model(), *nothing(1), PlannerConfig(evidence=EvidenceConfig(inside=(box,), half_spaces=(away,))))
+
+
+def linear(x: Tensor, k: Tensor, temperature: float) -> Tensor:
+    """A return: the sum of all numbers, in nats."""
+    return x.sum((1, 2)) / temperature
+
+
+def test_a_learned_return_is_read_where_the_guide_reads() -> None:
+    levels: list[int] = []
+
+    def learned(x: Tensor, k: Tensor, temperature: float) -> Tensor:
+        levels.extend(set(k.tolist()))
+        return linear(x, k, temperature)
+
+    of = model(learned=Learned(learned, "x"))
+    means = {}
+    for guide in ("none", "at_noisy", "at_mean", "through_denoiser", "corrected"):
+        levels.clear()
+        settings = PlannerConfig(sampler="ddpm", steps=16, reverse_variance="analytic", guide=guide, temperature=4.0)  # type: ignore[arg-type]
+        means[guide] = float(draw(of, *nothing(500), settings).x.mean())
+        assert (len(set(levels)) > 2) == (guide in ("at_noisy", "at_mean")) and (guide != "none" or not levels)
+    assert abs(means["none"]) < 0.08 and abs(means["corrected"] - 0.25) < 0.08
+    assert all(mean > 0.1 for guide, mean in means.items() if guide != "none")
+
+
+@pytest.mark.parametrize("bounds", [None, (0.1, 100.0)])
+def test_a_kl_budget_becomes_the_temperature_that_spends_it(bounds: tuple[float, float] | None) -> None:
+    """A Gaussian return of standard deviation s: its posterior is s² / 2 / temperature² nats away."""
+    of = model(learned=Learned(linear, "x"), temperatures=bounds)
+    settings = PlannerConfig(sampler="ddpm", steps=16, reverse_variance="analytic", kl_budget=1.0, kl_samples=512)
+    temperature = temperature_of(of, *nothing(20), settings)
+    assert temperature == pytest.approx(math.sqrt(ROWS * WIDTH / 2), rel=0.1)
+    assert temperature_of(of, *nothing(20), dataclasses.replace(settings, kl_budget=None)) == 1.0
+    with pytest.raises(UserError, match="budget"):
+        temperature_of(of, *nothing(20), dataclasses.replace(settings, kl_budget=7.0, kl_samples=64))
+
+
+def test_what_cannot_be_done_is_named() -> None:
+    for changes, words in (
+        ({"guide": "corrected"}, "nothing to steer by"),
+        ({"candidates": 4}, "need evidence"),
+        ({"particles": 4, "sampler": "ddpm"}, "need evidence"),
+        ({"kl_budget": 1.0}, "nothing to spend it on"),
+    ):
+        with pytest.raises(UserError, match=words):
+            temperature_of(model(), *nothing(1), PlannerConfig(**changes))  # type: ignore[arg-type]
+            draw(model(), *nothing(1), PlannerConfig(**changes))  # type: ignore[arg-type]
+    for changes, words in (
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"kl_budget": -1.0}, "kl_budget is -1"),
+        ({"candidates": 2, "particles": 2}, "one of them is 1"),
+        ({"candidates": 0}, "at least 1"),
+        ({"particles": 2}, "set it to ddpm"),
+        ({"kl_samples": 1}, "two samples"),
+        ({"target": 1.5}, "quantile from 0 to 1"),
+        ({"eta": -0.1}, "eta"),
+    ):
+        with pytest.raises(UserError, match=words):
+            PlannerConfig(**changes)  # type: ignore[arg-type]
