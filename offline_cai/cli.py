@@ -192,8 +192,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         Sample plans for new starts and goals, and draw them.
 
         RUN is a run's folder or one of its checkpoints. Starts and goals are drawn as the dataset's environment draws
-        them. Writes plans.npz, plans.png, denoising.gif and plans.json.
+        them. Writes plans.npz and plans.json, and for mazes plans.png and denoising.gif. The fields of the planner can
+        be set by flags.
         """,
+        "--planner.steps 8 --planner.guide corrected --planner.temperature 0.2",
     )
     plan.add_argument("folder", metavar="RUN", type=Path)
     plan.add_argument("--count", type=int, default=16, help="number of plans (default: 16)")
@@ -207,7 +209,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         Evaluate a run in the simulator, beside references on the same starts.
 
         RUN is a run's folder or one of its checkpoints. The protocol (environment, episodes, seeds, references) is a
-        recipe in eval/; the config names one. Writes results.json (scores per episode, statistics,
+        recipe in eval/; the config names one. Flags set its fields, and those of the planner (--planner.NAME). Writes results.json (scores per episode, statistics,
         versions) and paths.npz.
         """,
         "--episodes 50 --seed 7 --references []",
@@ -396,7 +398,7 @@ def _print_fields(name: str, exp: Any) -> None:
 def _plan(args: argparse.Namespace, flags: dict[str, str]) -> None:
     from offline_cai import commands
 
-    facts = commands.plan(args.folder, args.count, args.seed, args.output, args.overwrite)
+    facts = commands.plan(args.folder, args.count, args.seed, flags, args.output, args.overwrite)
     for name, value in facts.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
 

@@ -16,21 +16,25 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
+from torch import Tensor
 from accelerate.utils import broadcast_object_list
 from gymnasium.vector.utils import concatenate, create_empty_array
 
 from offline_cai import collect as collecting
 from offline_cai import config, report, seeding
 from offline_cai.algorithms.diffuser import Diffuser
-from offline_cai.core import Algorithm, Policy, Spec
+from offline_cai.algorithms.guide import Guide
+from offline_cai.core import Algorithm, Plan, Policy, Spec
 from offline_cai.data import catalogue, minari
 from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation import evaluate as evaluation
 from offline_cai.evaluation import plots, references
+from offline_cai.inference.smc import effective_sample_size
 from offline_cai.files import read_json, write_text
 from offline_cai.planning.planner import Planner
+from offline_cai.planning.sampling import PlannerConfig
 from offline_cai.planning.tracking import Tracker
 from offline_cai.provenance import versions
 from offline_cai.spaces import flatten, require_same_spec
@@ -149,14 +153,37 @@ class Run(NamedTuple):
     algorithm: Algorithm
 
 
-def open_run(path: Path) -> Run:
-    """A run, from its folder (its last checkpoint) or from one of its checkpoints; on the GPU if there is one."""
+def open_run(path: Path, flags: Mapping[str, str] | None = None) -> Run:
+    """A run, from its folder (its last checkpoint) or from one of its checkpoints; on the GPU if there is one.
+
+    `flags` such as {"planner.steps": "8"} change how it plans.
+    """
     chosen = checkpoint.find(path)
     folder = next((f for f in (path, *path.resolve().parents) if is_run(f)), None)
     if folder is None:
         raise UserError(f"no config.yaml beside or above {path}: name a run's folder.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Run(folder, resumed(folder, {}), chosen, checkpoint.load(chosen, device))
+    run = Run(folder, resumed(folder, {}), chosen, checkpoint.load(chosen, device))
+    if flags:
+        _set_planner(run, flags)
+    return run
+
+
+def _set_planner(run: Run, flags: Mapping[str, str]) -> None:
+    diffuser = diffuser_of(run.algorithm)
+    for name in flags:
+        if diffuser is None or not name.startswith("planner."):
+            raise UserError(f"--{name} sets nothing here: only fields of a planner, such as --planner.steps, can be set.")
+    assert diffuser is not None
+    planner = config.override({"planner": config.to_dict(diffuser.config.planner)}, flags)["planner"]
+    diffuser.plan_as(config.build(PlannerConfig, planner, "--planner"))
+
+
+def diffuser_of(algorithm: Algorithm) -> Diffuser | None:
+    """The Diffuser that plans, with its learned return if it has one; None for what does not plan."""
+    if isinstance(algorithm, Guide):
+        return algorithm.guided()
+    return algorithm if isinstance(algorithm, Diffuser) else None
 
 
 # Plan ----------------------------------------------------------------------------------------------------------------
@@ -165,52 +192,86 @@ def open_run(path: Path) -> Run:
 PLAN_FILES = {"plans.npz", "plans.png", "denoising.gif", "plans.json"}
 
 
-def plan(path: Path, count: int, seed: int, output: Path | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Sample plans for new start and goal pairs; writes PLAN_FILES and returns the facts of plans.json."""
+def plan(
+    path: Path,
+    count: int,
+    seed: int,
+    flags: Mapping[str, str] | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Sample plans for new starts (and goals); writes PLAN_FILES, pictures of mazes only.
+
+    `flags` such as {"planner.temperature": "0.2"} change how. Returns the facts of plans.json.
+    """
     began = time.monotonic()
-    run = open_run(path)
-    algorithm = run.algorithm
-    if not isinstance(algorithm, Diffuser):
+    run = open_run(path, flags)
+    diffuser = diffuser_of(run.algorithm)
+    if diffuser is None:
         raise UserError(f"{run.experiment.algorithm} does not plan: it acts step by step. Evaluate it instead.")
     if not 1 <= count <= 10_000:
         raise UserError(f"--count is {count}; ask for 1 to 10,000 plans.")
     source = catalogue.environment(run.experiment.data)
     if source is None:
         raise UserError(f"the dataset {run.experiment.dataset!r} names no environment to draw starts and goals from.")
+    c = diffuser.config
     with new_folder(output or run.folder / "plans", overwrite, PLAN_FILES) as folder:
-        obs, maze = _pairs(make(*source), algorithm.spec, count, seed)
+        obs, maze = _starts(make(*source), diffuser.spec, count, seed)
         key = torch.tensor([seeding.key(seed, i) for i in range(count)])
         before = time.perf_counter()
-        rows = algorithm.plan(obs, key).best.obs[:, 0].double().numpy()
+        temperature = diffuser.temperature(obs, key)
+        plans = diffuser.plan(obs, key, temperature)
         seconds = time.perf_counter() - before
-        paths, goals = _dense(algorithm, rows), obs[:, algorithm.spec.columns("desired_goal")]
+        rows = plans.best.obs[:, 0].double().numpy()
         facts = {
             "plans": count,
             "seed": seed,
             "milliseconds per plan, all at once": 1000 * seconds / count,
-            "share of plans that cross a wall": float(np.mean([maze.blocked(p).any() for p in paths])),
-            "rows": algorithm.config.rows,
-            "stride": algorithm.config.stride,
-            "sampler": f"{algorithm.config.planner.sampler}, {algorithm.config.planner.steps} steps",
+            "rows": rows.shape[1],
+            "stride": c.stride,
+            "sampler": f"{c.planner.sampler}, {c.planner.steps} steps",
+            **_guidance(c.planner, plans, temperature),
         }
-        np.savez(folder / "plans.npz", obs=obs, rows=rows, paths=paths)
-        panels = [(p, g, r[:, :2]) for p, g, r in zip(paths, goals, rows, strict=True)][:8]
-        (folder / "plans.png").write_bytes(plots.png(plots.grid(maze, panels)))
-        trace = algorithm.denoising(obs[:1], key[:1], min(24, algorithm.config.levels))
-        frames = np.stack([step.obs[0, 0, :, :2].numpy() for step in trace])
-        plots.animation(folder / "denoising.gif", maze, frames, goals[0])
+        arrays = {"obs": obs, "rows": rows, "log_weight": plans.log_weight.numpy()}
+        if maze is not None:
+            arrays["paths"] = _dense(diffuser, rows)
+            facts["share of plans that cross a wall"] = float(np.mean([maze.blocked(p).any() for p in arrays["paths"]]))
+            _draw_plans(folder, diffuser, maze, arrays, key)
+        np.savez(folder / "plans.npz", **arrays)
         (folder / "plans.json").write_text(json.dumps(facts, indent=1))
     note_stage(run.folder, "plan", time.monotonic() - began)
     return {**facts, "written to": str(output or run.folder / "plans")}
 
 
-def _pairs(env: gym.Env, spec: Spec, count: int, seed: int) -> tuple[np.ndarray, Maze]:
-    """First observations [count, O] of the environment, and its maze; closes it."""
+def _guidance(c: PlannerConfig, plans: Plan, temperature: float) -> dict[str, Any]:
+    """How plans were steered, and what their weights say."""
+    if c.guide == "none" and plans.log_weight.shape[1] == 1:
+        return {}
+    facts: dict[str, Any] = {"guide": c.guide, "temperature": temperature}
+    if plans.log_weight.shape[1] > 1:
+        facts["effective sample size, mean"] = float(effective_sample_size(plans.log_weight).mean())
+    if plans.log_evidence is not None:
+        facts["log-evidence, mean, nats"] = float(plans.log_evidence.mean())
+    return facts
+
+
+def _draw_plans(folder: Path, diffuser: Diffuser, maze: Maze, arrays: Mapping[str, np.ndarray], key: Tensor) -> None:
+    obs, rows, goals = arrays["obs"], arrays["rows"], arrays["obs"][:, diffuser.spec.columns("desired_goal")]
+    panels = [(p, g, r[:, :2]) for p, g, r in zip(arrays["paths"], goals, rows, strict=True)][:8]
+    (folder / "plans.png").write_bytes(plots.png(plots.grid(maze, panels)))
+    trace = diffuser.denoising(obs[:1], key[:1], min(24, diffuser.config.levels))
+    frames = np.stack([step.obs[0, 0, :, :2].numpy() for step in trace])
+    plots.animation(folder / "denoising.gif", maze, frames, goals[0])
+
+
+def _starts(env: gym.Env, spec: Spec, count: int, seed: int) -> tuple[np.ndarray, Maze | None]:
+    """First observations [count, O] of the environment, and its maze if it is one; closes it."""
     try:
         require_same_spec(spec, env_spec(env))
         resets = [env.reset(seed=seeding.seed_of(seed, number))[0] for number in range(count)]
         space, rows = env.observation_space, create_empty_array(env.observation_space, count)
-        return flatten(space, concatenate(space, resets, rows)), Maze.of(env)  # type: ignore[arg-type]
+        maze = Maze.of(env) if hasattr(env.unwrapped, "maze") else None
+        return flatten(space, concatenate(space, resets, rows)), maze  # type: ignore[arg-type]
     finally:
         env.close()
 
@@ -237,15 +298,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a run's policy and the protocol's references on the same starts.
 
-    Writes EVALUATION_FILES and returns what results.json holds.
+    `flags` change fields of the protocol, and of the planner where they begin with "planner.". Writes EVALUATION_FILES
+    and returns what results.json holds.
     """
-    began = time.monotonic()
-    run = open_run(path)
+    began, flags = time.monotonic(), flags or {}
+    planner = {key: value for key, value in flags.items() if key.startswith("planner.")}
+    run = open_run(path, planner)
     exp, algorithm = run.experiment, run.algorithm
     name = name or exp.protocol
     if name is None:
         raise UserError(f"{run.folder / 'config.yaml'} names no protocol: choose one with --protocol, of eval/.")
-    protocol = evaluation.protocol(name, flags)
+    protocol = evaluation.protocol(name, {key: value for key, value in flags.items() if key not in planner})
     with new_folder(output or run.folder / "evaluation", overwrite, EVALUATION_FILES) as folder:
         policy = algorithm.policy(seed=protocol.seed)
         label = "planner" if isinstance(policy, Planner) else exp.algorithm
@@ -314,14 +377,16 @@ def _paired(ours: evaluation.Result, other: evaluation.Result) -> dict[str, floa
 
 
 def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
-    if not isinstance(policy, Planner) or not isinstance(algorithm, Diffuser):
+    diffuser = diffuser_of(algorithm)
+    if not isinstance(policy, Planner) or diffuser is None:
         return {}
-    c = algorithm.config
+    c = diffuser.config
+    rows = c.planner.rows or c.rows
     return {
-        "horizon in steps": c.rows * c.stride,
-        "rows": c.rows,
-        "stride": c.stride,
         **config.to_dict(c.planner),
+        "horizon in steps": rows * c.stride,
+        "rows": rows,
+        "stride": c.stride,
         "tracker": asdict(policy.tracker),
         "plans": policy.plans_made,
         "milliseconds per plan": 1000 * policy.seconds / max(policy.plans_made, 1),
@@ -349,7 +414,7 @@ def demo(name: str, flags: Mapping[str, str], output: Path | None = None, quiet:
     train(exp, run, quiet=quiet)
     note_stage(run, "collect", seconds)
     print("[3/5] plan for new starts and goals", flush=True)
-    if exp.algorithm == "diffuser":
+    if exp.algorithm in ("diffuser", "guide"):
         plan(run, count=16, seed=exp.seed + 1)
     print(f"[4/5] evaluate under {exp.protocol}", flush=True)
     data = evaluate(run, quiet=quiet)

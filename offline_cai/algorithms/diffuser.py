@@ -8,7 +8,7 @@ are fewer, longer steps, which learn the same mazes in a fraction of the time.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -129,12 +129,15 @@ class Diffuser(Algorithm):
         self.network = TemporalUNet(self.codec.width, c.channels, c.multipliers, condition=int(conditioned))
         self.schedule = Schedule(c.levels, c.schedule)
         self._require_rows("model.rows", c.rows)
-        self._require_rows("model.planner.rows", c.planner.rows or c.rows)
-        width = len(self.codec.columns)
+        self._require_planner()
+        if c.goal_field and len(spec.columns(c.goal_field)) != len(c.goal_columns):
+            raise UserError(
+                f"model.goal_columns names {len(c.goal_columns)} columns, not the width of {c.goal_field!r}."
+            )
         if conditioned:
             self.return_norm = Normaliser(1, "quantile")
         if c.inverse_dynamics:
-            self.inverse = mlp(2 * width, c.inverse_hidden, c.stride * spec.action_width)
+            self.inverse = mlp(2 * len(self.codec.columns), c.inverse_hidden, c.stride * spec.action_width)
         self._learned: Learned | None = None
         self._temperatures: tuple[float, float] | None = None
         self.register_buffer("loss_weight", self._loss_weight(), persistent=False)
@@ -146,16 +149,30 @@ class Diffuser(Algorithm):
             self.register_buffer("residual_variance", torch.zeros(c.levels, rank))
             self.register_buffer("residual_outer", torch.zeros(c.levels))
             self.register_buffer("residual_mask", mask, persistent=False)
-        used = (*(c.goal_columns if c.goal_field else ()), *c.planner.tracker.columns)
-        if c.planner.execute == "track" and not all(0 <= column < width for column in used):
-            raise UserError(
-                f"goal_columns and the tracker's columns are {list(used)}, but fields {list(c.fields)} make {width} "
-                f"columns: take numbers from 0 to {width - 1}."
-            )
-        if c.goal_field and len(spec.columns(c.goal_field)) != len(c.goal_columns):
-            raise UserError(
-                f"model.goal_columns names {len(c.goal_columns)} columns, not the width of {c.goal_field!r}."
-            )
+
+    def plan_as(self, planner: PlannerConfig) -> None:
+        """Plan as another config says from now on.
+
+        Raises:
+            UserError: it does not fit the model.
+        """
+        self.config = replace(self.config, planner=planner)
+        self._require_planner()
+
+    def _require_planner(self) -> None:
+        c, width = self.config, len(self.codec.columns)
+        self._require_rows("planner.rows", c.planner.rows or c.rows)
+        evidence = (*c.planner.evidence.goals, *c.planner.evidence.constraints)
+        for name, used in (
+            ("goal_columns", c.goal_columns if c.goal_field else ()),
+            ("the tracker's columns", c.planner.tracker.columns if c.planner.execute == "track" else ()),
+            ("the evidence's columns", [column for part in evidence for column in part.columns]),
+        ):
+            if not all(0 <= column < width for column in used):
+                raise UserError(
+                    f"{name} are {list(used)}, but fields {list(c.fields)} make {width} columns: take numbers from 0 "
+                    f"to {width - 1}."
+                )
 
     def _require_rows(self, name: str, rows: int) -> None:
         divisor = self.network.divisor
