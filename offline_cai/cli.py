@@ -209,8 +209,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         Evaluate a run in the simulator, beside references on the same starts.
 
         RUN is a run's folder or one of its checkpoints. The protocol (environment, episodes, seeds, references) is a
-        recipe in eval/; the config names one. Flags set its fields, and those of the planner (--planner.NAME). Writes results.json (scores per episode, statistics,
-        versions) and paths.npz.
+        recipe in eval/; the config names one. Flags set its fields, and those of the planner (--planner.steps 8).
+        Writes results.json (scores per episode, statistics, versions) and paths.npz.
         """,
         "--episodes 50 --seed 7 --references []",
     )

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-from torch import Tensor
 from accelerate.utils import broadcast_object_list
 from gymnasium.vector.utils import concatenate, create_empty_array
+from torch import Tensor
 
 from offline_cai import collect as collecting
 from offline_cai import config, report, seeding
@@ -31,8 +31,8 @@ from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation import evaluate as evaluation
 from offline_cai.evaluation import plots, references
-from offline_cai.inference.smc import effective_sample_size
 from offline_cai.files import read_json, write_text
+from offline_cai.inference.smc import effective_sample_size
 from offline_cai.planning.planner import Planner
 from offline_cai.planning.sampling import PlannerConfig
 from offline_cai.planning.tracking import Tracker
@@ -173,7 +173,9 @@ def _set_planner(run: Run, flags: Mapping[str, str]) -> None:
     diffuser = diffuser_of(run.algorithm)
     for name in flags:
         if diffuser is None or not name.startswith("planner."):
-            raise UserError(f"--{name} sets nothing here: only fields of a planner, such as --planner.steps, can be set.")
+            raise UserError(
+                f"--{name} sets nothing here: only fields of a planner, such as --planner.steps, can be set."
+            )
     assert diffuser is not None
     planner = config.override({"planner": config.to_dict(diffuser.config.planner)}, flags)["planner"]
     diffuser.plan_as(config.build(PlannerConfig, planner, "--planner"))
@@ -232,7 +234,7 @@ def plan(
             "sampler": f"{c.planner.sampler}, {c.planner.steps} steps",
             **_guidance(c.planner, plans, temperature),
         }
-        arrays = {"obs": obs, "rows": rows, "log_weight": plans.log_weight.numpy()}
+        arrays: dict[str, Any] = {"obs": obs, "rows": rows, "log_weight": plans.log_weight.numpy()}
         if maze is not None:
             arrays["paths"] = _dense(diffuser, rows)
             facts["share of plans that cross a wall"] = float(np.mean([maze.blocked(p).any() for p in arrays["paths"]]))

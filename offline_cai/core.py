@@ -314,7 +314,7 @@ class Algorithm(nn.Module, ABC):
         """One iteration. Override for phases in order, targets, duals, epochs or a line search."""
         return step(batch)
 
-    def finish(self, draw: Callable[[int], Batch]) -> None:  # noqa: B027
+    def finish(self, draw: Callable[[int], Batch]) -> None:
         """Estimate what goes with the weights that act, from `draw(n)`, n windows of the data: they are in place now.
 
         It is called before an export that ends a training, and before an evaluation; not in every process.

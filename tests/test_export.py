@@ -48,7 +48,7 @@ def test_every_flipped_bit_and_missing_file_is_found(spec: Spec, tmp_path: Path,
         with pytest.raises(UserError, match=r"damaged|has format"):
             BC.from_pretrained(tmp_path / "bc")
     file.unlink()
-    with pytest.raises(UserError, match="damaged|holds no export"):
+    with pytest.raises(UserError, match=r"damaged|holds no export"):
         BC.from_pretrained(tmp_path / "bc")
 
 

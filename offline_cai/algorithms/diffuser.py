@@ -82,7 +82,7 @@ class DiffuserConfig:
         sizes = {"rows": self.rows, "stride": self.stride, "channels": self.channels, "levels": self.levels}
         if self.residual_windows < 0 or (self.residual_rank is not None and self.residual_rank < 0):
             raise UserError(
-                f"residual_windows ({self.residual_windows}) and residual_rank ({self.residual_rank}) cannot be negative."
+                f"residual_windows ({self.residual_windows}) and residual_rank ({self.residual_rank}) are at least 0."
             )
         for name, value in sizes.items():
             if value < 1:
@@ -119,6 +119,9 @@ class Diffuser(Algorithm):
     Config = DiffuserConfig
     config: DiffuserConfig
     loss_weight: Tensor  # [R, D]
+    residual_basis: Tensor  # [T, R·D, r]
+    residual_variance: Tensor  # [T, r]
+    residual_outer: Tensor  # [T]
     residual_mask: Tensor  # [R, D] bool
 
     def __init__(self, spec: Spec, config: DiffuserConfig) -> None:
@@ -162,11 +165,11 @@ class Diffuser(Algorithm):
     def _require_planner(self) -> None:
         c, width = self.config, len(self.codec.columns)
         self._require_rows("planner.rows", c.planner.rows or c.rows)
-        evidence = (*c.planner.evidence.goals, *c.planner.evidence.constraints)
+        evidence = c.planner.evidence
         for name, used in (
             ("goal_columns", c.goal_columns if c.goal_field else ()),
             ("the tracker's columns", c.planner.tracker.columns if c.planner.execute == "track" else ()),
-            ("the evidence's columns", [column for part in evidence for column in part.columns]),
+            ("the evidence's columns", evidence.columns),
         ):
             if not all(0 <= column < width for column in used):
                 raise UserError(
@@ -204,8 +207,12 @@ class Diffuser(Algorithm):
             batch = draw(c.residual_windows).to(self.schedule.abar.device)
             x = self.codec.encode(batch)
             found = measure(self._clipped, self.schedule, x, self.residual_mask, batch.key, c.residual_rank)
-            for name, tensor in found._asdict().items():
-                getattr(self, f"residual_{name}").copy_(tensor)
+            for own, tensor in zip(self._residual_buffers, found, strict=True):
+                own.copy_(tensor)
+
+    @property
+    def _residual_buffers(self) -> Residual:
+        return Residual(self.residual_basis, self.residual_variance, self.residual_outer, self.residual_mask)
 
     def _clipped(self, x: Tensor, k: Tensor) -> Tensor:
         clean, clip = self.denoise(x, k), self._clip
@@ -216,7 +223,7 @@ class Diffuser(Algorithm):
         """The measured covariance of x_0 - D(x_k, k), None where it is not measured."""
         if not self.config.residual_windows or not (self.residual_outer.any() or self.residual_variance.any()):
             return None
-        return Residual(*(getattr(self, f"residual_{name}") for name in Residual._fields))
+        return self._residual_buffers
 
     # Losses ----------------------------------------------------------------------------------------------------------
 
@@ -272,7 +279,7 @@ class Diffuser(Algorithm):
         return Loss({"inverse_loss": (error * inside).sum()}, inside.sum())
 
     def _between(self, states: Tensor) -> Tensor:
-        """The k actions [N, R-1, k, A] that lead from each of the states [N, R, O'] to the next, in the codec's units."""
+        """The k actions [N, R-1, k, A] from each of the states [N, R, O'] to the next, in the codec's units."""
         pairs = torch.cat([states[:, :-1], states[:, 1:]], dim=-1)
         return self.inverse(pairs).unflatten(-1, (self.config.stride, self.spec.action_width))
 
@@ -306,13 +313,13 @@ class Diffuser(Algorithm):
         """
         if temperature is None:
             temperature = self.temperature(obs, key)
-        drawn = draw(self._model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner, temperature)
+        drawn = draw(self.model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner, temperature)
         return self._decode(*drawn)
 
     @torch.no_grad()
     def temperature(self, obs: np.ndarray, key: Tensor) -> float:
         """The temperature of the plans for observations [N, O]."""
-        return temperature_of(self._model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner)
+        return temperature_of(self.model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner)
 
     def steer_by(self, learned: Learned, temperatures: tuple[float, float] | None) -> None:
         """Let a learned return count as evidence, for temperatures within a range, if it has one.
@@ -327,11 +334,13 @@ class Diffuser(Algorithm):
     def fingerprint(self) -> str:
         """A hash of everything that noised rows and their denoising depend on."""
         layout = torch.tensor([self.config.stride, *self.codec.columns])
-        parts = {"network": self.network, "codec": self.codec, "levels": self.schedule.abar}
-        return fingerprint(**parts, layout=layout, known=self.mask(self.loss_weight[None]))
+        known = self.mask(self.loss_weight[None])
+        return fingerprint(
+            network=self.network, codec=self.codec, levels=self.schedule.abar, layout=layout, known=known
+        )
 
     @property
-    def _model(self) -> Model:
+    def model(self) -> Model:
         return Model(
             self._denoise, self.schedule, self.codec, self._clip, self.residual, self._learned, self._temperatures
         )
@@ -372,7 +381,8 @@ class Diffuser(Algorithm):
 
         A KL budget becomes a temperature at the first plans, and stays it.
         """
-        c, found = self.config.planner, []
+        c = self.config.planner
+        found: list[float] = []
 
         def propose(obs: np.ndarray, key: Tensor) -> Plan:
             if not found:

@@ -5,10 +5,10 @@ Two kinds, trained on the same noised windows with the same known states as the 
 - value: V(x_k, k) ~ E[R | x_k] by regression, R the discounted return-to-go of the window (Janner et al. 2022, section
   3.2 and appendix C). V / temperature is no log-evidence: by Jensen's inequality it is too small.
 - evidence: f(x_k, k, temperature) ~ log E[exp(R / temperature) | x_k], the number whose gradient makes the posterior
-  exact. It minimises E[exp(u) - u - 1] with u = R / temperature - f (Gumbel regression, Garg et al. 2023, equation 11).
+  exact. It minimises E[exp(u) - u - 1], u = R / temperature - f (Gumbel regression, Garg et al. 2023, equation 11).
 
-The Diffuser is that of a run (`denoiser`), which stays as it is, or is trained beside the guide (`diffuser`). Either way
-it travels with the guide, whose policy plans with both.
+The Diffuser is that of a run (`denoiser`), which stays as it is, or is trained beside the guide (`diffuser`). Either
+way it travels with the guide, whose policy plans with both.
 """
 
 import math
@@ -41,7 +41,7 @@ class GuideConfig:
     kind: Literal["evidence", "value"] = "evidence"
     """evidence (log E[exp(R / temperature) | x_k]) or value (E[R | x_k], the paper's)."""
     denoiser: str | None = None
-    """A trained run of the diffuser, or its export: taken over as it is; null: a Diffuser is trained beside the guide."""
+    """A trained run of the diffuser, or its export, taken over as it is; null: one is trained beside the guide."""
     diffuser: DiffuserConfig | None = None
     """The Diffuser to train beside the guide; with `denoiser` leave it out: the run's own is filled in."""
     planner: PlannerConfig | None = None
@@ -55,7 +55,9 @@ class GuideConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperatures[0] < self.temperatures[1] < math.inf:
-            raise UserError(f"temperatures are {list(self.temperatures)}; give two positive numbers, the lower one first.")
+            raise UserError(
+                f"temperatures are {list(self.temperatures)}; give two positive numbers, the lower one first."
+            )
         if self.channels < 1 or self.channels % 8 or not self.multipliers or min(self.multipliers) < 1:
             raise UserError(
                 f"channels is {self.channels} and multipliers {list(self.multipliers)}; take a multiple of 8, and one "

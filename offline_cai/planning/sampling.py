@@ -1,4 +1,4 @@
-"""How plans are drawn from a trajectory model: by a sampler, steered by a guide, the best of several, or as particles."""
+"""How plans are drawn from a trajectory model: by a sampler, steered, the best of several, or as particles."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from offline_cai import seeding
 from offline_cai.core import Known
 from offline_cai.data.codec import Codec
 from offline_cai.diffusion.constraints import (
-    Constraint,
     ConstraintInUnits,
     HalfSpace,
     Inside,
@@ -49,8 +48,13 @@ class EvidenceConfig:
     """Move every estimate to the nearest point that the constraints allow, instead of a barrier at their border."""
 
     @property
-    def constraints(self) -> tuple[Constraint, ...]:
+    def constraints(self) -> tuple[Inside | Outside | HalfSpace, ...]:
         return (*self.inside, *self.outside, *self.half_spaces)
+
+    @property
+    def columns(self) -> list[int]:
+        """The columns of the selected observation that it looks at."""
+        return [column for part in (*self.goals, *self.constraints) for column in part.columns]
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ class PlannerConfig:
         if self.kl_samples < 2:
             raise UserError(f"planner.kl_samples is {self.kl_samples}; it takes two samples or more to compare.")
         if self.particles > 1 and self.sampler != "ddpm":
-            raise UserError(f"planner.particles are steps of ddpm, and planner.sampler is {self.sampler}: set it to ddpm.")
+            raise UserError(
+                f"planner.particles are steps of ddpm, and planner.sampler is {self.sampler}: set it to ddpm."
+            )
 
     @property
     def needs_residual(self) -> bool:
@@ -268,8 +274,8 @@ def _bisect(kl: Callable[[float], float], bounds: tuple[float, float], budget: f
     most, least = kl(cold), kl(hot)
     if not least <= budget <= most:
         raise UserError(
-            f"planner.kl_budget is {budget} nats, but at the temperatures that this guide was learned for ({cold:.4g} to "
-            f"{hot:.4g}) the return moves these plans by {least:.3g} to {most:.3g} nats."
+            f"planner.kl_budget is {budget} nats, but at the temperatures that this guide was learned for ({cold:.4g} "
+            f"to {hot:.4g}) the return moves these plans by {least:.3g} to {most:.3g} nats."
         )
     for _ in range(30):
         middle = math.sqrt(cold * hot)

@@ -26,7 +26,7 @@ from offline_cai import __version__, algorithms, config
 from offline_cai import export as exports
 from offline_cai.core import Algorithm, Spec
 from offline_cai.errors import Notice, UserError
-from offline_cai.export import assign, digest, savable, tensors_in
+from offline_cai.export import digest, savable, tensors_in
 from offline_cai.files import read_json
 
 FORMAT = 2

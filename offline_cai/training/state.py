@@ -11,7 +11,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from offline_cai.core import Algorithm, Batch
-from offline_cai.training.checkpoint import assign
+from offline_cai.export import assign
 from offline_cai.training.experiment import TrainingConfig
 from offline_cai.training.processes import together
 
@@ -165,7 +165,7 @@ class TrainingState:
 
     def finish(self, draw: Callable[[int], Batch]) -> None:
         """Let the algorithm estimate what goes with its averaged weights; its raw ones are as before."""
-        parameters = list(self.algorithm.parameters())
+        parameters: list[Tensor] = list(self.algorithm.parameters())
         raw = [p.detach().clone() for p in parameters]
         with torch.no_grad():
             if self.ema:
