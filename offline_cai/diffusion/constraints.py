@@ -28,7 +28,8 @@ SLACK = 1e-3  # of a constraint's width: a violation that counts as none
 class Constraint(Evidence, Protocol):
     """Evidence that says by how much each row is outside, and where the nearest row inside is."""
 
-    width: float
+    @property
+    def width(self) -> float: ...
 
     def violation(self, x: Tensor) -> Tensor: ...  # [N, R, D] -> [N, R], a distance, positive outside
     def project(self, x: Tensor) -> Tensor: ...  # [N, R, D] -> [N, R, D]

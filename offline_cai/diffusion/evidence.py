@@ -75,7 +75,7 @@ class Learned:
         if self.made_for != made_for:
             raise UserError(
                 f"this learned evidence belongs to a model of fingerprint {self.made_for[:8]}, and the denoiser's is "
-                f"{made_for[:8]}: their noise schedule, codec or known rows differ. Train it again beside it."
+                f"{made_for[:8]}: their weights, noise schedule, codec or known rows differ. Train it again beside it."
             )
 
 

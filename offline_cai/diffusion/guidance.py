@@ -153,7 +153,7 @@ def best_of(x: Tensor, evidence: Evidence, temperature: float) -> Tensor:
     return x[torch.arange(len(x), device=x.device), value.view(x.shape[:2]).argmax(1)]
 
 
-GUIDES = {
+GUIDES: dict[str, Callable[..., Guided]] = {
     "none": unguided,
     "at_noisy": at_noisy,
     "at_mean": at_mean,
