@@ -192,9 +192,10 @@ def temperature_of(model: Model, known: Known, key: Tensor, c: PlannerConfig) ->
         raise UserError(f"planner.kl_budget is set, but there is nothing to spend it on: {_NAME_SOME}")
     settings = {"reverse_variance": c.reverse_variance, "residual": model.residual, "guide": unguided}
     x = _samples(model, known, key, c, c.kl_samples, settings)
-    if model.temperatures is None:
+    if model.learned is None or model.temperatures is None:
         return temperature_for(evidence, x, c.kl_budget)
-    return _bisect(lambda temperature: _kl(_at_clean(evidence, x, temperature)), model.temperatures, c.kl_budget)
+    learned = _AtClean(model.learned)  # no function of return / temperature
+    return _bisect(lambda temperature: _kl(_at_clean(learned, x, temperature)), model.temperatures, c.kl_budget)
 
 
 _NAME_SOME = "name some in planner.evidence, or train a learned return (algorithm: guide)."

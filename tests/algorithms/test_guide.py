@@ -14,7 +14,9 @@ from offline_cai.algorithms.guide import STEEPEST, Guide, GuideConfig, gumbel_lo
 from offline_cai.core import Episode, Known, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
+from offline_cai.diffusion.evidence import Learned
 from offline_cai.errors import UserError
+from offline_cai.planning.sampling import PlannerConfig
 
 SMALL = DiffuserConfig(rows=4, stride=1, goal_field=None, channels=8, multipliers=(1, 2), levels=8, discount=1.0)
 LUCK = {1.0: 0.7, -1.0: 0.2}  # probability of the prize by side
@@ -159,3 +161,34 @@ def test_temperatures_that_were_not_learned_are_named(lucky: Trajectories) -> No
     for bounds in ((0.0, 1.0), (2.0, 1.0)):
         with pytest.raises(UserError, match="temperatures"):
             GuideConfig(temperatures=bounds)
+
+
+def test_a_return_that_was_learned_for_another_model_is_refused(lucky: Trajectories) -> None:
+    made = guide(lucky)
+    learned = Learned(made.log_evidence, made.diffuser.fingerprint)
+    made.diffuser.steer_by(learned, None)
+    for changes in ({"schedule": "linear"}, {"goal_field": "desired_goal"}, {"normaliser": "gaussian"}, {"stride": 2}):
+        torch.manual_seed(0)
+        other = Diffuser(lucky.spec, dataclasses.replace(SMALL, **changes))
+        other.fit(lucky.chunks)
+        with pytest.raises(UserError, match=r"weights, noise schedule, codec or known rows differ"):
+            other.steer_by(learned, None)
+    same = guide(lucky).diffuser
+    same.steer_by(learned, None)
+    with torch.no_grad():
+        next(same.network.parameters()).add_(1e-3)
+    with pytest.raises(UserError, match="Train it again"):
+        same.steer_by(learned, None)
+
+
+def test_its_policy_plans_by_the_return(lucky: Trajectories) -> None:
+    made = guide(lucky, planner=PlannerConfig(candidates=8, temperature=2.0))
+    obs, key = np.zeros((3, 8)), seeding.keys(0, 0, torch.arange(3))
+    plan = made.guided().plan(obs, key)
+    x = made.diffuser.codec.obs_norm.encode(plan.obs.flatten(0, 1))
+    nats = made.log_evidence(x, torch.zeros(24).long(), 2.0).view(3, 8).detach()
+    assert torch.allclose(plan.log_weight, nats.log_softmax(1), atol=1e-4)
+    assert plan.log_evidence is not None and torch.allclose(plan.log_evidence, nats.logsumexp(1) - np.log(8), atol=1e-4)
+    chosen = plan.log_weight.argmax(1)
+    assert torch.equal(made.policy().propose(obs, key).best.obs[:, 0], plan.obs[torch.arange(3), chosen])
+    assert (chosen > 0).any()
