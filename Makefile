@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export MPLBACKEND := Agg
 
-.PHONY: help demo test lint format soak bench bench-exactness bench-data bench-processes wheel clean
+.PHONY: help demo test lint format soak bench bench-exactness bench-data bench-processes bench-guidance-hopper wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,7 +38,7 @@ format: $(READY)  ## Format the code
 soak: $(READY)  ## Kill, damage and stop trainings, and compare what is resumed (about a quarter of an hour)
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak.py
 
-bench: bench-exactness bench-data bench-processes  ## All benchmarks
+bench: bench-exactness bench-data bench-processes bench-guidance-hopper  ## All benchmarks
 
 bench-exactness: $(READY)  ## Exactness and cost of the inference core
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_exactness.py
@@ -48,6 +48,9 @@ bench-data: $(READY)  ## Speed and memory of the data layer, against what it rep
 
 bench-processes: $(READY)  ## What sharing a step between two processes costs
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_processes.py
+
+bench-guidance-hopper: $(READY)  ## Guided plans of hopper against a brute-force reweighting (collects and trains once)
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_guidance_hopper.py
 
 wheel: $(READY)  ## Build dist/*.whl
 	@rm -rf dist build
