@@ -31,9 +31,9 @@ from offline_cai.environments.make import make
 from offline_cai.planning.sampling import PlannerConfig, draw, temperature_of
 from offline_cai.training import experiment
 
-STATES, SAMPLES, BRUTE, CHUNK = 16, 32, 1024, 64
-PLAYED = 8  # plans of each state that are played in the simulator
-LONGEST = 700  # steps of a played plan and what follows
+STATES, SAMPLES, BRUTE, CHUNK = 16, 16, 1024, 256
+PLAYED = 4  # plans of each state that are played in the simulator
+LONGEST = 500  # steps of a played plan and what follows
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "unguided": ("evidence", {"guide": "none"}),
@@ -96,8 +96,8 @@ def sample(guide: Guide, obs: np.ndarray, key: Tensor, c: PlannerConfig, tempera
     each = 1 if c.particles > 1 else count
     known = Known(*(part.repeat_interleave(each, 0) for part in diffuser.known(obs)))
     parts, began = [], time.perf_counter()
-    for number, keys in enumerate(seeding.split(key, each).flatten().split(CHUNK * 4)):
-        rows = slice(number * CHUNK * 4, number * CHUNK * 4 + len(keys))
+    for number, keys in enumerate(seeding.split(key, each).flatten().split(CHUNK)):
+        rows = slice(number * CHUNK, number * CHUNK + len(keys))
         some = Known(known.value[rows], known.mask[rows])
         parts.append(draw(inner._replace(denoise=denoise), some, keys, c, temperature))
     seconds = time.perf_counter() - began

@@ -12,7 +12,7 @@ from offline_cai import commands, export, report
 from offline_cai.algorithms.guide import Guide
 from offline_cai.data import catalogue
 from offline_cai.errors import UserError
-from offline_cai.training import checkpoint, experiment, sources
+from offline_cai.training import checkpoint, experiment, sources, trackers
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +72,11 @@ def test_what_is_estimated_after_training_is_in_the_last_export_only(guided: Pat
     assert torch.allclose(algorithm.diffuser.residual_variance, found, rtol=1e-4), "of the weights that act"
     with pytest.raises(UserError, match="residual covariance"):
         commands.plan(saved[0], 1, 1, output=guided.parent / "early")
+
+
+def test_conditioned_states_with_inverse_dynamics_go_the_same_way(dataset: str, tmp_path: Path) -> None:
+    run = commands.train(experiment.load("debug-diffuser-conditioned"), tmp_path / "run", quiet=True)
+    assert {"loss", "inverse_loss"} <= set(trackers.read(run / "metrics.jsonl")[-1])
+    assert commands.plan(run, 2, 1)["rows"] == 8
+    data = commands.evaluate(run, flags={"episodes": "2", "references": "[]"}, quiet=True)
+    assert data["planner"]["plans"] == 2 * 5 and data["planner"]["horizon in steps"] == 32

@@ -65,7 +65,7 @@ class DiffuserConfig:
     condition_dropout: float | None = None
     """Train with the return-to-go as a condition that this share of the windows is not told; null: no condition."""
     inverse_dynamics: bool = False
-    """Whether to learn the actions of a row from its state and the next row's (needed for planner.execute: inverse)."""
+    """Whether to learn the actions of a row from its state and the next (all `stride` of them at once)."""
     inverse_hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers of the inverse dynamics."""
     residual_windows: int = 0
