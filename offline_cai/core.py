@@ -304,7 +304,10 @@ class Algorithm(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, chunks: Chunks) -> None:
-        """Set what comes from data before training (normalisers), in one pass over `chunks()` for each; not called without."""
+        """Set what comes from data before training (normalisers), in one pass over `chunks()` for each.
+
+        Not called when there are no data yet.
+        """
 
     @abstractmethod
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
@@ -317,7 +320,8 @@ class Algorithm(nn.Module, ABC):
     def finish(self, draw: Callable[[int], Batch]) -> None:
         """Estimate what goes with the weights that act, from `draw(n)`, n windows of the data: they are in place now.
 
-        It is called before an export that ends a training, and before an evaluation; not in every process.
+        It is called before an export that ends a training, and before an evaluation; not in every process, and not in a
+        training without a dataset.
         """
 
     @abstractmethod

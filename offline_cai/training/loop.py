@@ -62,7 +62,7 @@ def train(
     with folder.locked(output, main):
         if main and not resume:
             folder.require_new(output)
-        draw = partial(sources.sample, experiment, algorithm, trajectories)
+        draw = None if trajectories is None else partial(sources.sample, experiment, algorithm, trajectories)
         run = _Run(experiment, output, state, source, draw, quiet)
         start = run.load() if resume and checkpoint.checkpoints(output / "checkpoints") else 0
         if start > experiment.training.steps:
@@ -100,7 +100,7 @@ class _Run:
         output: Path,
         state: TrainingState,
         source: Source,
-        draw: Callable[[int], Batch],
+        draw: Callable[[int], Batch] | None,
         quiet: bool,
     ) -> None:
         self.experiment, self.output, self.state, self.source = experiment, output, state, source
@@ -203,8 +203,8 @@ class _Run:
         self.state.agree_to_stop()
 
     def finish(self, step: int) -> None:
-        """What goes with the weights of `step`, once."""
-        if self.finished != step:
+        """What goes with the weights of `step`, once; nothing where there are no data."""
+        if self.draw is not None and self.finished != step:
             self.state.finish(self.draw)
             self.finished = step
 
