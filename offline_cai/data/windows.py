@@ -56,7 +56,8 @@ class Cut:
         if self.horizon * self.stride == 1:
             return self._transitions(rows, first, key)
         k, o, r = self.stride, self._obs, self._reward
-        index = np.minimum(first[:, None] + self._ahead, rows.end.take(first)[:, None])
+        index = first[:, None] + self._ahead
+        np.minimum(index, rows.end.take(first)[:, None], out=index)
         x, about = rows.values.take(index, axis=0), rows.about.take(index)
         blocks = x[:, :-1].reshape(len(first), self.horizon, k, -1)
         about = about[:, :-1].reshape(len(first), self.horizon, k)
@@ -65,7 +66,7 @@ class Cut:
             valid, terminal = about["exists"][..., 0], about["terminal"][..., 0]
         else:
             reward, terminal = from_numpy(blocks[..., r]) @ self._powers, about["terminal"].any(-1)
-            valid = about["exists"].all(-1) | terminal
+            valid = np.logical_or(terminal, about["exists"].all(-1))
         return Batch(
             obs=from_numpy(x[:, ::k, :o]),
             action=from_numpy(blocks[..., o:r]),
