@@ -172,7 +172,7 @@ def test_a_loaded_replay_is_the_same_and_stays_so(tmp_path: Path, capacity: int)
     states = []
     for t in range(300):
         script.step(replay)
-        if t in (10, 11, 60, 170):
+        if t in (10, 11, 60, 165, 170):
             states.append((replay.save(tmp_path), script.obs, batch(replay), [replay.current(i) for i in range(3)]))
     for state, obs, drawn, current in states:
         again = Replay(SPEC, 3, capacity, 0.9)
@@ -192,6 +192,26 @@ def test_a_loaded_replay_is_the_same_and_stays_so(tmp_path: Path, capacity: int)
         second_on.step(second)
         assert equal(batch(first, 8, step=t), batch(second, 8, step=t))
     assert first.save(tmp_path)["first"] == second.save(tmp_path)["first"]
+
+
+def test_an_episode_longer_than_the_capacity_is_kept_to_be_rebuilt(tmp_path: Path) -> None:
+    replay, script = Replay(SPEC, 2, 20, 0.9), Script(2, longest=3)
+    replay.begin(script.obs)
+    for _ in range(10):
+        script.step(replay)
+    script.length[:] = script.time + 100
+    for _ in range(90):
+        script.step(replay)
+        if len(script.open[0]) in (30, 60):
+            replay.save(tmp_path)
+    again = Replay(SPEC, 2, 20, 0.9)
+    again.load(tmp_path, replay.save(tmp_path), script.obs)
+    for lane in range(2):
+        obs, action = again.current(lane)
+        expected = script.so_far(lane, script.obs[lane])
+        assert len(action) >= 90 and np.array_equal(obs, expected.obs)
+        assert np.array_equal(action, expected.action.astype(np.float32))
+    assert len(every_step(again)) == 2 * 9
 
 
 def test_a_save_writes_only_what_is_new_and_the_same_again_for_the_same(tmp_path: Path) -> None:

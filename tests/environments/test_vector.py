@@ -119,8 +119,10 @@ def test_faults_are_named_without_workers(soak) -> None:  # type: ignore[no-unty
 
 def test_a_fault_in_a_rebuild_and_in_a_first_observation_tell_their_step(soak) -> None:  # type: ignore[no-untyped-def]
     maker = functools.partial(soak.faulty, "raise", 8, 4)
+    envs = Environments(maker, 2)
+    envs.rebuild([1, 2], [np.zeros((5, 1), np.float32)] * 2)
     with pytest.raises(EnvironmentFault, match=r"environment 1 .* at step 4 of the episode with seed 8"):
-        Environments(maker, 2).rebuild([7, 8], [np.zeros((9, 1), np.float32)] * 2)
+        envs.rebuild([7, 8], [np.zeros((9, 1), np.float32)] * 2)
     with pytest.raises(EnvironmentFault, match=r"environment 0 .* raised Error: Seed must be .* at step 0 .* seed -1"):
         Environments(MAZE, 1, workers=1).reset([-1])
 
