@@ -28,7 +28,7 @@ class ExactDenoiser:
 
     def __call__(self, x: Tensor, k: Tensor) -> Tensor:
         mean = self.law.mean.to(x)
-        away = (x - self.schedule.abar_at(k).sqrt() * mean).flatten(1) @ self._basis.to(x)
+        away = (x - self.schedule.abar_at(k).sqrt().to(x) * mean).flatten(1) @ self._basis.to(x)
         return mean + (away * self._gain[k].to(x) @ self._basis.to(x).mT).view_as(x)
 
     @property
