@@ -112,15 +112,15 @@ def _wait(workers: Sequence[subprocess.Popen], interrupt: Interrupt) -> list[int
     """
     passed_on, deadline = False, float("inf")
     try:
-        while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        while None in (codes := [worker.poll() for worker in workers]) and time.monotonic() < deadline:
             if interrupt.asked and not passed_on:
                 passed_on = True
                 for worker in workers:
                     worker.send_signal(interrupt.asked)
-            if deadline == float("inf") and any(worker.returncode for worker in workers):
+            if deadline == float("inf") and any(codes):
                 deadline = time.monotonic() + GRACE
             time.sleep(0.02)
-        return [worker.returncode for worker in workers]
+        return codes
     finally:
         for worker in workers:
             if worker.poll() is None:

@@ -75,7 +75,8 @@ class TrainingState:
         if self._allowed(values, norms):
             optimiser.step()
         self.first_call.setdefault(phase, time.perf_counter() - began)
-        return values | norms | ({"skipped": self.skipped} if self.skipped else {})
+        values |= norms | ({"skipped": self.skipped} if self.skipped else {})
+        return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def _backward(self, batch: Batch, phase: str) -> tuple[list[str], Tensor]:
         """Leaves the gradient of the mean loss in the parameters; gives the names and sums of what there is to report.
@@ -102,11 +103,15 @@ class TrainingState:
 
     def _add_up(self, phase: str, unit: Tensor | int, sums: Tensor) -> Tensor:
         """The sums over all processes; the gradients become those of the global mean."""
-        gradients = [p.grad for p in self.parameters[phase] if p.grad is not None]
-        stop = sums.new_tensor([self.stop])
-        total = self.sum(torch.cat([*((g * unit).flatten() for g in gradients), sums, stop]))
-        *parts, sums, stop = total.split([*(g.numel() for g in gradients), len(sums), 1])
-        torch._foreach_copy_(gradients, [part.view_as(g) / sums[-1] for part, g in zip(parts, gradients, strict=True)])
+        with_gradient = [p for p in self.parameters[phase] if p.grad is not None]
+        size = sum(p.numel() for p in with_gradient)
+        flat = torch.cat([*(p.grad.flatten() for p in with_gradient), sums, sums.new_tensor([self.stop])])  # type: ignore[union-attr]
+        flat[:size] *= unit
+        total = self.sum(flat)
+        sums, stop = total[size:-1], total[-1]
+        total[:size] /= sums[-1]
+        for p, gradient in zip(with_gradient, total[:size].split([p.numel() for p in with_gradient]), strict=True):
+            p.grad = gradient.view_as(p)
         self.stopping |= bool(stop > 0)
         return sums
 
@@ -124,7 +129,7 @@ class TrainingState:
         return clip.get(phase) if isinstance(clip, Mapping) else clip
 
     def _allowed(self, values: dict[str, float], norms: dict[str, float]) -> bool:
-        """Whether the optimiser may step; removes what is not finite from the values of a step that is skipped.
+        """Whether the optimiser may step.
 
         A norm that is not finite is an everyday matter where a gradient scaler (fp16) seeks its scale: it skips itself.
         """
@@ -137,9 +142,6 @@ class TrainingState:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.config.on_divergence != "skip" or self.skipped_in_a_row > MOST_SKIPPED:
             raise Diverged(fault)
-        for numbers in (values, norms):
-            for name in [name for name, value in numbers.items() if not math.isfinite(value)]:
-                del numbers[name]
         return False
 
     def learning_rate(self, step: int) -> float:

@@ -15,7 +15,7 @@ from offline_cai.data import minari
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation import evaluate
 from offline_cai.interrupts import Interrupt
-from offline_cai.training import checkpoint, experiment, folder, loop, sources, trackers
+from offline_cai.training import checkpoint, experiment, folder, loop, sources, state, trackers
 from offline_cai.training.experiment import Experiment
 from offline_cai.training.practice import Practice
 from offline_cai.training.state import TrainingState
@@ -145,6 +145,31 @@ def test_a_resume_with_another_model_names_the_field(run: Path, tmp_path: Path) 
         commands.train(commands.resumed(tmp_path / "r", {}), tmp_path / "r", resume=True, quiet=True)
 
 
+def test_exploding_gradients_are_divergence(exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "GRADIENT_LIMIT", 1e-3)
+    with pytest.raises(UserError, match=r"training diverged after 0 steps: grad_norm is \d"):
+        commands.train(exp, tmp_path / "r", quiet=True)
+
+
+def test_skipping_ends_when_nothing_else_happens(
+    exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(state, "GRADIENT_LIMIT", 1e-3)
+    with pytest.raises(UserError, match=r"training diverged after 3 steps: grad_norm is \d"):
+        commands.train(change(exp, on_divergence="skip", log_every=1), tmp_path / "r", quiet=True)
+    rows = trackers.read(tmp_path / "r" / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [1, 2, 3]
+
+
+def test_a_disk_that_is_full_for_metrics_is_said(exp: Experiment, tmp_path: Path) -> None:
+    metrics = trackers.MetricsFile(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: .*The checkpoints so far are untouched"):
+        metrics.write(1, {"loss": 1.0})
+
+
 def test_nan_weights_are_never_saved(exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that something else spoils between two losses: the checkpoint that is due is refused."""
     average = TrainingState.average
@@ -235,9 +260,9 @@ def test_an_evaluation_is_on_starts_of_its_own_and_repeats(exp: Experiment) -> N
     protocol = evaluate.protocol(exp.protocol or "")
     assert practice._protocol.episodes == 6 and practice._protocol.environments == 2 and protocol.environments == 2
     assert practice._protocol.seed != protocol.seed
-    state, idle = algorithm.state_dict(), Interrupt()
+    weights, idle = algorithm.state_dict(), Interrupt()
     idle.asked = 0
-    assert practice(state, idle) == practice(state, idle)
+    assert practice(weights, idle) == practice(weights, idle)
 
 
 def test_a_stop_during_an_evaluation_is_made_up_for_by_the_resume(
