@@ -66,7 +66,7 @@ class Cut:
             valid, terminal = about["exists"][..., 0], about["terminal"][..., 0]
         else:
             reward, terminal = from_numpy(blocks[..., r]) @ self._powers, about["terminal"].any(-1)
-            valid = np.logical_or(terminal, about["exists"].all(-1))
+            valid = terminal | about["exists"].all(-1)
         return Batch(
             obs=from_numpy(x[:, ::k, :o]),
             action=from_numpy(blocks[..., o:r]),
