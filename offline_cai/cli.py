@@ -36,7 +36,7 @@ NAME is a Minari id (offline-cai/pointmaze/umaze-v0), a D4RL name (hopper-medium
 """
 
 _FLAGS = """\
-A field of the file is set by a flag of its name, nested ones with dots: {example}.
+A field is set by a flag of its name, nested ones with dots: {example}.
 """
 
 
@@ -192,10 +192,10 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         Sample plans for new starts and goals, and draw them.
 
         RUN is a run's folder or one of its checkpoints. Starts and goals are drawn as the dataset's environment draws
-        them. Writes plans.npz and plans.json, and for mazes plans.png and denoising.gif. The fields of the planner can
-        be set by flags.
+        them. Writes plans.npz and plans.json, and for mazes plans.png and denoising.gif. The planner's fields can be
+        set for these plans.
         """,
-        "--planner.steps 8 --planner.guide corrected --planner.temperature 0.2",
+        "--planner.steps 8 --planner.guide corrected",
     )
     plan.add_argument("folder", metavar="RUN", type=Path)
     plan.add_argument("--count", type=int, default=16, help="number of plans (default: 16)")

@@ -60,7 +60,7 @@ def test_train_help_lists_the_fields_of_a_config() -> None:
         (["train", "debug-diffuser", "--training.steps"], r"--training.steps needs a value"),
         (["train", "debug-diffuser", "extra"], r"unrecognized arguments: extra; see"),
         (["plan", "nowhere"], r"nowhere holds no checkpoint"),
-        (["plan", "nowhere", "--cuont", "3"], r"unrecognized arguments: --cuont 3; see"),
+        (["report", "nowhere", "--cuont", "3"], r"unrecognized arguments: --cuont 3; see"),
         (["collect", "debug-umaze", "--steps", "7"], r"steps \(7\) has to be a positive multiple"),
         (
             ["collect", "debug-umaze", "--behaviour.kq", "1", "--id", "aa/bb-v0", "--steps", "20"],

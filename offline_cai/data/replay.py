@@ -27,11 +27,12 @@ ROUNDS = 1000  # of draws, before it is taken for granted that no window fits
 
 
 class _Columns(NamedTuple):
-    """The arrays of `Rows`."""
+    """The arrays of `Rows`, and for the last row of an episode whether that is a true end."""
 
     values: np.ndarray
     end: np.ndarray
     about: np.ndarray
+    true_end: np.ndarray
 
 
 class _Segment(NamedTuple):
@@ -87,8 +88,8 @@ class Replay:
             np.full((n, width), np.nan, dtype=np.float32),
             np.zeros(n, dtype=np.int64),
             np.zeros(n, dtype=ABOUT),
+            np.zeros(n, dtype=bool),
         )
-        self._columns.about["returns"] = np.nan
         if (data := self._dataset) is not None:
             part = slice(0, self._offset)
             self._columns.values[part, : data.rows.shape[1]] = data.rows
@@ -143,13 +144,11 @@ class Replay:
 
     def _close(self, lane: int, terminal: bool) -> None:
         """The open row of a lane is the last one of its episode."""
-        last = self._shift[lane] + self._open[lane]
-        part = slice(self._shift[lane] + self._start[lane], last + 1)
-        self._columns.about["terminal"][last - 1] = terminal
-        self._columns.about["returns"][part] = discounted_sums(self._reward(part), self.discount)
-
-    def _reward(self, part: slice) -> np.ndarray:
-        return self._columns.values[part, self.spec.obs_width + self.spec.action_width]
+        first, last = self._shift[lane] + self._start[lane], self._shift[lane] + self._open[lane]
+        self._columns.true_end[last] = terminal
+        self._columns.about["terminal"][first:last][-1:] = terminal
+        reward = self._columns.values[first : last + 1, self.spec.obs_width + self.spec.action_width]
+        self._columns.about["returns"][first : last + 1] = discounted_sums(reward, self.discount)
 
     @property
     def _low(self) -> np.ndarray:
@@ -180,7 +179,7 @@ class Replay:
 
     @property
     def rows(self) -> Rows:
-        return Rows.of(*self._columns)
+        return Rows.of(*self._columns[:3])
 
     def draw(self, rng: np.random.Generator, n: int, span: int = 0) -> np.ndarray:
         """n rows [n] that hold a step, uniform over the dataset and the lanes; `span` steps of the episode lie ahead.
@@ -237,7 +236,7 @@ class Replay:
                 if whole and last > first:
                     rows = self._columns.values[first : last + 1]
                     log_prob = rows[:-1, a + 1] if known else None
-                    true_end = bool(self._columns.about["terminal"][last - 1])
+                    true_end = bool(self._columns.true_end[last])
                     yield Episode(rows[:, :o], rows[:-1, o:a], rows[:-1, a], true_end, log_prob)
                 whole, number = True, last + 1 - shift
 
@@ -260,8 +259,8 @@ class Replay:
             rows = np.concatenate(
                 [np.arange(b, e) for b, e in zip(self._shift + begin, self._shift + end, strict=True)]
             )
-            true_end, step = self._columns.about["terminal"][rows - 1], self._columns.about["exists"][rows]
-            kind = np.where(step, STEP, np.where(true_end, TRUE_END, CUT)).astype(np.uint8)
+            true_end, last = self._columns.true_end[rows], self._columns.end[rows] == rows
+            kind = np.where(last, np.where(true_end, TRUE_END, CUT), STEP).astype(np.uint8)
             data = save({"rows": self._columns.values[rows], "kind": kind, "begin": begin, "end": end})
             sha256 = hashlib.sha256(data).hexdigest()
             name = f"{sha256[:16]}.safetensors"
@@ -306,6 +305,7 @@ class Replay:
         rows, kind = np.concatenate(values), np.concatenate(kinds)
         base = self._shift[lane] + first
         self._columns.values[base : base + len(rows)] = rows
+        self._columns.about[base : base + len(rows)] = (np.nan, True, False)
         self._columns.about["exists"][base : base + len(rows)] = kind == STEP
         for last in np.flatnonzero(kind != STEP):
             self._open[lane] = first + last

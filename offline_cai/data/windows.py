@@ -65,7 +65,7 @@ class Cut:
             reward = from_numpy(blocks[..., 0, r])
             valid, terminal = about["exists"][..., 0], about["terminal"][..., 0]
         else:
-            reward, terminal = from_numpy(blocks[..., r]) @ self._powers, about["terminal"].any(-1)
+            reward, terminal = from_numpy(blocks[..., r]) @ self._powers, np.asarray(about["terminal"].any(-1))
             valid = terminal | about["exists"].all(-1)
         return Batch(
             obs=from_numpy(x[:, ::k, :o]),

@@ -149,7 +149,7 @@ def test_the_latest_steps_are_pieces_of_episodes() -> None:
     assert [int((end[first] - first)[lane == i].sum()) for i in range(3)] == [15, 15, 15]
     assert len(first) > 3 and (np.diff(lane) >= 0).all()
     steps = np.concatenate([np.arange(f, end[f]) for f in first])
-    obs = replay.rows.values.numpy()[steps, :3]
+    obs = replay.rows.values[steps, :3]
     for i in range(3):
         taken = np.vstack([e.obs[:-1] for e in script.episodes(range(i, i + 1))])
         assert np.array_equal(obs[obs[:, 0] == i], taken[-15:])
