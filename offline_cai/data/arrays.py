@@ -152,7 +152,7 @@ def _spec(declared: Arrays, rows: Arrays, where: str) -> Spec:
             f"{where} does not say what an action may be. Add the arrays 'action_low' and 'action_high', or 'action_n' "
             "for choices, or 'spec', the JSON of a Spec, as offline_cai.data.arrays.write does."
         ) from None
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{where}: {', '.join(declared)} do not say what an action may be: {error}") from error
 
 

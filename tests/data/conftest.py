@@ -11,7 +11,7 @@ import pytest
 from minari.data_collector import EpisodeBuffer
 
 from offline_cai.core import Box, Episode, Field, Spec
-from offline_cai.data import d4rl
+from offline_cai.data import arrays, d4rl
 from offline_cai.data.trajectories import Trajectories
 
 LENGTHS, TERMINAL = (5, 3, 6, 4), (True, False, True, False)
@@ -34,7 +34,7 @@ def _write_minari(folder: Path, dataset_id: str, storage: str, episodes: list[Ep
 
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same episodes as Minari's own/y-v0 and (Arrow) own/arrow-v0, as D4RL's own.hdf5 and as the store `store`."""
+    """The same episodes as Minari's own/y-v0 and (Arrow) own/arrow-v0, as own.hdf5 (D4RL), own.npz and `store`."""
     rng, episodes = np.random.default_rng(0), []
     for steps, terminal in zip(LENGTHS, TERMINAL, strict=True):
         obs, act = rng.normal(size=(steps + 1, 3)), rng.uniform(-1, 1, (steps, 2))
@@ -45,6 +45,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = Spec((Field("observation", 3),), Box((-1.0, -1.0), (1.0, 1.0)))
     store = Trajectories.from_episodes(spec, episodes)
     d4rl.write(folder / "own.hdf5", store)
+    arrays.write(folder / "own.npz", store)
     store.save(folder / "store", {"share": 0.5})
     return folder
 

@@ -139,6 +139,52 @@ MINARI = [
 ]
 
 
+def npz(**changes: object) -> Callable[[Path], None]:
+    """Other arrays in the place of some; None: nothing; a function: of the array."""
+
+    def do(path: Path) -> None:
+        with np.load(path) as file:
+            data = {name: file[name] for name in file.files}
+        for name, value in changes.items():
+            data[name] = value(data[name].copy()) if callable(value) else value
+        np.savez(path, **{name: value for name, value in data.items() if value is not None})
+
+    return do
+
+
+def put(index: object, value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(array: np.ndarray) -> np.ndarray:
+        array[index] = value
+        return array
+
+    return change
+
+
+def a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b"NUMPY") + 200] ^= 1
+    path.write_bytes(data)
+
+
+NPZ = [
+    Damage("nan", npz(observations=put((6, 0), np.nan)), "episode 1: 'observations' hold nan at row 6", left=(0, 2, 3)),
+    Damage("action out of range", npz(actions=put((0, 1), 3)), "episode 0: action 3 at row 0", left=(1, 2, 3)),
+    Damage("missing field", npz(rewards=None), "has no 'rewards'"),
+    Damage("unknown field", npz(reward=np.zeros(18)), "no place for 'reward'; did you mean 'rewards'"),
+    Damage("no time-outs", npz(timeouts=None), "has no 'timeouts'"),
+    Damage("lengths", npz(terminals=np.zeros(17)), r"'terminals' have shape \(17,\) beside 18 rows"),
+    Damage("no flags", npz(terminals=np.arange(18)), "'terminals' hold 2 at row 2"),
+    Damage("Python objects", npz(actions=np.array([{}] * 18)), "Python objects, which are not loaded"),
+    Damage("no bounds", npz(spec=None), "does not say what an action may be"),
+    Damage("bad bounds", npz(spec=None, action_n=np.float64(np.inf)), "do not say what an action may be"),
+    Damage("bad spec", npz(spec="{}"), "'spec' is no spec"),
+    Damage("log-probabilities", npz(log_probs=np.zeros(3)), "'log_probs' have to be one finite"),
+    Damage("no end flagged", npz(terminals=np.zeros(18), timeouts=np.zeros(18)), "no end is flagged", warning=True),
+    Damage("a bit", a_byte, "cannot be read"),
+    Damage("truncated file", cut_file, "is no .npz"),
+]
+
+
 def no_flags(file: h5py.File) -> None:
     file["terminals"][:] = file["timeouts"][:] = False
     del file["next_observations"]
@@ -187,11 +233,12 @@ D4RL = [
 @pytest.mark.parametrize(
     ("kind", "damage"),
     [pytest.param("minari", damage, id=f"minari-{damage.name}") for damage in MINARI]
-    + [pytest.param("d4rl", damage, id=f"d4rl-{damage.name}") for damage in D4RL],
+    + [pytest.param("d4rl", damage, id=f"d4rl-{damage.name}") for damage in D4RL]
+    + [pytest.param("npz", damage, id=f"npz-{damage.name}") for damage in NPZ],
 )
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_no_damage_is_silent(kind: str, damage: Damage, copy: Path, recwarn: pytest.WarningsRecorder) -> None:
-    named = copy / ("own/y-v0" if kind == "minari" else "own.hdf5")
+    named = copy / {"minari": "own/y-v0", "d4rl": "own.hdf5", "npz": "own.npz"}[kind]
     name = "own/y-v0" if kind == "minari" else str(named)
     before = [Episode(*map(np.array, episode)) for episode in catalogue.trajectories(name).episodes()]
     assert not [one for one in recwarn if issubclass(one.category, Notice)]

@@ -20,12 +20,12 @@ from offline_cai.data import catalogue, d4rl
 from offline_cai.data.trajectories import FILES, Trajectories, verify
 from offline_cai.errors import UserError
 
-MINARI, D4RL = "own/y-v0/data/main_data.hdf5", "own.hdf5"
+MINARI, D4RL, NPZ = "own/y-v0/data/main_data.hdf5", "own.hdf5", "own.npz"
 DATASETS = {
     MINARI: ["observations/a", "observations/b", "observations", "actions", "rewards", "terminations", "truncations"],
     D4RL: ["observations", "actions", "rewards", "terminals", "timeouts", "next_observations", d4rl.LOG_PROB],
 }
-NAMES = {MINARI: "own/y-v0", D4RL: "own.hdf5"}
+NAMES = {MINARI: "own/y-v0", D4RL: "own.hdf5", NPZ: "own.npz"}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -102,13 +102,13 @@ def edited(data: bytes, edits: list[tuple[str, float, float, bytes]]) -> bytes:
 
 
 @fuzz(60)
-@given(file=st.sampled_from([MINARI, D4RL, "own/y-v0/data/metadata.json"]), edits=EDITS, repair=st.booleans())
+@given(file=st.sampled_from([MINARI, D4RL, NPZ, "own/y-v0/data/metadata.json"]), edits=EDITS, repair=st.booleans())
 def test_changed_bytes(sound: Path, file: str, edits: list[tuple[str, float, float, bytes]], repair: bool) -> None:
     kind = file if file in NAMES else MINARI
     with copy_of(sound, NAMES[kind]) as copy:
         (copy / file).write_bytes(edited((sound / file).read_bytes(), edits))
         store = load(copy, kind, repair)
-        if store is not None and not repair and file in NAMES:
+        if store is not None and not repair and file in (MINARI, D4RL):
             check_plain(store, copy / file)
 
 
@@ -172,6 +172,23 @@ def test_changed_structure(
         store = load(copy, file, repair)
         if store is not None and not repair:
             check_plain(store, copy / file)
+
+
+@fuzz(50)
+@given(
+    name=st.sampled_from(["observations", "actions", "rewards", "terminals", "timeouts", "log_probs", "spec"]),
+    value=st.builds(replacement, st.integers(0, 14), st.sampled_from([0, 1, 3, 17, 18]), st.integers(0, 3)),
+    declared=st.sampled_from(["spec", "action_low", "action_n"]),
+    repair=st.booleans(),
+)
+def test_changed_arrays(sound: Path, name: str, value: Any, declared: str, repair: bool) -> None:
+    with np.load(sound / NPZ) as file:
+        data = {key: file[key] for key in file.files if declared == "spec" or key != "spec"}
+    data |= {name: value} if declared == "spec" else {declared: value, "action_high": np.ones(2)}
+    with copy_of(sound, NPZ) as copy:
+        np.savez(copy / NPZ, **{key: array for key, array in data.items() if array is not None})
+        store = load(copy, NPZ, repair)
+        assert store is None or store.num_episodes <= 18
 
 
 KEYS = ["total_episodes", "total_steps", "data_format", "offline_cai", "env_spec", "type", "low", "shape", "dt", "n"]
