@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export MPLBACKEND := Agg
 
-.PHONY: help demo test lint format soak bench bench-exactness bench-data bench-processes bench-guidance-hopper wheel clean
+.PHONY: help demo test lint format soak wheel clean bench bench-exactness bench-denoisers bench-data bench-processes \
+  bench-guidance-hopper
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,11 +38,15 @@ format: $(READY)  ## Format the code
 
 soak: $(READY)  ## Kill, damage and stop trainings, and compare what is resumed (about a quarter of an hour)
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak.py
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak_environments.py
 
-bench: bench-exactness bench-data bench-processes bench-guidance-hopper  ## All benchmarks
+bench: bench-exactness bench-denoisers bench-data bench-processes bench-guidance-hopper  ## All benchmarks
 
-bench-exactness: $(READY)  ## Exactness and cost of the inference core
+bench-exactness: $(READY)  ## Exactness of the inference core, and of guided sampling against it
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_exactness.py
+
+bench-denoisers: $(READY)  ## The temporal U-Net against an MLP, for equal training time
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_denoisers.py
 
 bench-data: $(READY)  ## Speed and memory of the data layer, against what it replaces
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_data.py
