@@ -121,6 +121,14 @@ class Guide(Algorithm):
 
     # Evidence --------------------------------------------------------------------------------------------------------
 
+    @property
+    def temperatures(self) -> tuple[float, float] | None:
+        """The lowest and highest that the evidence is learned for, in units of return; a value has no bounds."""
+        if self.config.kind == "value":
+            return None
+        cold, hot = (bound * float(self.return_norm.scale) for bound in self.config.temperatures)
+        return cold, hot
+
     def log_evidence(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
         """Nats [N] for rows [N, R, D] noised to levels [N], at a temperature in units of return.
 
@@ -129,29 +137,25 @@ class Guide(Algorithm):
         Raises:
             UserError: a temperature that the evidence was not learned for.
         """
-        mean, deviation = float(self.return_norm.shift), float(self.return_norm.scale)
-        told = None
-        if self.config.kind == "evidence":
-            low, high = (bound * deviation for bound in self.config.temperatures)
-            if not low * (1 - 1e-6) <= temperature <= high * (1 + 1e-6):
+        mean, deviation, told = float(self.return_norm.shift), float(self.return_norm.scale), None
+        if self.temperatures is not None:
+            cold, hot = self.temperatures
+            if not cold * (1 - 1e-6) <= temperature <= hot * (1 + 1e-6):
                 raise UserError(
-                    f"the temperature is {temperature:.4g}, but this guide learned the evidence for {low:.4g} to "
-                    f"{high:.4g} (model.temperatures, in standard deviations of the data's returns): train one for it."
+                    f"the temperature is {temperature:.4g}, but this guide learned the evidence for {cold:.4g} to "
+                    f"{hot:.4g} (model.temperatures, in standard deviations of the data's returns): train one for it."
                 )
             told = x.new_full((len(x), 1), math.log(deviation / temperature))
         return (mean + deviation * self.network(x, k.clamp(min=0), told)) / temperature
 
     def guided(self) -> Diffuser:
         """Its Diffuser, for whose plans this return is evidence."""
-        bounds = None
-        if self.config.kind == "evidence":
-            deviation = float(self.return_norm.scale)
-            bounds = (self.config.temperatures[0] * deviation, self.config.temperatures[1] * deviation)
-        self.diffuser.steer_by(Learned(self.log_evidence, self.diffuser.fingerprint), bounds)
+        self.diffuser.steer_by(Learned(self.log_evidence, self.diffuser.fingerprint), self.temperatures)
         return self.diffuser
 
     def finish(self, draw: Callable[[int], Batch]) -> None:
-        self.diffuser.finish(draw)
+        if self.config.denoiser is None:
+            self.diffuser.finish(draw)
 
     def policy(self, seed: int = 0, **options: Any) -> Planner:
         return self.guided().policy(seed, **options)
