@@ -122,7 +122,7 @@ def fault_crash(at: str) -> None:
 
     def lines(frame: Any, event: str, argument: Any) -> Any:
         nonlocal count
-        if frame.f_code.co_filename != checkpoint.__file__:
+        if frame.f_code.co_filename not in (checkpoint.__file__, checkpoint.exports.__file__):
             return None
         if event == "line":
             count += 1
@@ -190,13 +190,13 @@ def fault_slow(seconds: str) -> None:
     """A save that takes long."""
     from offline_cai.training import checkpoint
 
-    original = checkpoint._write_export
+    original = checkpoint.exports.write
 
     def slow(*arguments: Any) -> None:
         original(*arguments)
         time.sleep(float(seconds))
 
-    checkpoint._write_export = slow  # type: ignore[assignment]
+    checkpoint.exports.write = slow  # type: ignore[assignment]
 
 
 # What is tried --------------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ class Soak:
             if name != "manifest.json":
                 manifest = json.loads((last / "manifest.json").read_text())
                 del manifest["own sha256"]
-                manifest["sha256"][name] = checkpoint._digest(last / name)
+                manifest["sha256"][name] = checkpoint.digest(last / name)
                 manifest["own sha256"] = checkpoint._own_digest(manifest)
                 (last / "manifest.json").write_text(json.dumps(manifest))
             for read in (checkpoint.load, checkpoint.load_state):

@@ -46,7 +46,7 @@ def test_no_damage_is_silent(soak: Soak) -> None:
 
 
 def test_a_pickle_is_never_executed(soak: Soak) -> None:
-    assert soak.malice() == {"pickles": 5, "executed": 0, "refusals": 5}
+    assert soak.malice() == {"pickles": 6, "executed": 0, "refusals": 6}
 
 
 def test_divergence_stops_skips_or_rolls_back(soak: Soak) -> None:
