@@ -122,7 +122,9 @@ def fault_crash(at: str) -> None:
 
     def lines(frame: Any, event: str, argument: Any) -> Any:
         nonlocal count
-        if frame.f_code.co_filename not in (checkpoint.__file__, checkpoint.exports.__file__):
+        code = frame.f_code
+        saves = code.co_filename in (checkpoint.__file__, checkpoint.exports.__file__)
+        if not saves or code.co_name.startswith("<"):
             return None
         if event == "line":
             count += 1

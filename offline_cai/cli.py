@@ -41,7 +41,7 @@ A field is set by a flag of its name, nested ones with dots: {example}.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 after a user's mistake, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run a command; returns the exit status: 0, 2 after a mistake, 130 if interrupted (143: a training by SIGTERM)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser()
     try:
