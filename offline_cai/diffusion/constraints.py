@@ -187,8 +187,9 @@ def check_feasible(constraints: Sequence[Constraint], known: Known) -> None:
             x = everywhere.impose(constraint.project(x))
     number, plan, row = (missed() > SLACK).nonzero()[0].tolist()
     violated = constraints[number]
+    name = type(violated.constraint if isinstance(violated, ConstraintInUnits) else violated).__name__
     raise UserError(
-        f"row {row} of plan {plan} cannot satisfy {type(violated).__name__} together with the other constraints and "
+        f"row {row} of plan {plan} cannot satisfy {name} together with the other constraints and "
         f"what is known of it; the nearest point misses by {float(missed()[number, plan, row]) * violated.width:.3g}. "
         "Loosen one of them, or free the known number."
     )

@@ -78,6 +78,8 @@ def test_raw_units_are_the_codec_s(spec: Spec) -> None:
     moved = box.project(x)
     torch.testing.assert_close(moved[..., codec.actions], torch.full((1, 4), 0.5))
     assert torch.equal(moved[..., : codec.actions], x[..., : codec.actions]) and box.width == 0.1
+    with pytest.raises(UserError, match="cannot satisfy Inside together"):
+        check_feasible([box], Known(x, torch.ones_like(x, dtype=torch.bool)))
     torch.testing.assert_close(box(x, torch.zeros(1), 1.0), torch.nn.functional.logsigmoid(torch.tensor([-8.0])) * 4)
 
 
