@@ -32,6 +32,7 @@ from offline_cai.planning.sampling import PlannerConfig, draw, temperature_of
 from offline_cai.training import experiment
 
 STATES, SAMPLES, BRUTE, CHUNK = 16, 16, 1024, 256
+BUDGET = 0.5  # nats between the posterior and the unguided plans
 PLAYED = 4  # plans of each state that are played in the simulator
 LONGEST = 500  # steps of a played plan and what follows
 
@@ -148,7 +149,7 @@ def main() -> None:
     by_kind = guides(parser.parse_args().runs)
     evidence = by_kind["evidence"]
     obs, key = states(evidence)
-    base = evidence.guided().config.planner
+    base = _with(evidence.guided().config.planner, kl_budget=BUDGET)
     temperature = temperature_of(
         evidence.guided().model, evidence.diffuser.known(obs), key, _with(base, kl_samples=256)
     )

@@ -316,7 +316,6 @@ class Diffuser(Algorithm):
         drawn = draw(self.model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner, temperature)
         return self._decode(*drawn)
 
-    @torch.no_grad()
     def temperature(self, obs: np.ndarray, key: Tensor) -> float:
         """The temperature of the plans for observations [N, O]."""
         return temperature_of(self.model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner)

@@ -148,6 +148,7 @@ class Drawn(NamedTuple):
     log_evidence: Tensor | None  # [N]
 
 
+@torch.no_grad()
 def draw(model: Model, known: Known, key: Tensor, c: PlannerConfig, temperature: float | None = None) -> Drawn:
     """Plans for the known rows [N, R, D], with random keys [N].
 
@@ -178,6 +179,7 @@ def draw(model: Model, known: Known, key: Tensor, c: PlannerConfig, temperature:
     return Drawn(x, value.log_softmax(1), mean if guide is unguided else None)
 
 
+@torch.no_grad()
 def temperature_of(model: Model, known: Known, key: Tensor, c: PlannerConfig) -> float:
     """The temperature: the config's, or the one at which the return moves these plans by `kl_budget` nats.
 
