@@ -82,17 +82,22 @@ def load(dataset_id: str) -> minari.MinariDataset:
     Raises:
         UserError: it is not there (the nearest ids, and how to collect or download it), or its files are damaged.
     """
-    name, (_, dataset_id) = dataset_id, split_remote(dataset_id)
-    check_id(dataset_id)
-    if not exists(dataset_id):
-        raise UserError(_missing(name))
+    folder, dataset_id = _folder(dataset_id), split_remote(dataset_id)[1]
     try:
-        minari_checks.check_metadata(dataset_root() / dataset_id / "data")
+        minari_checks.check_metadata(folder / "data")
         return minari.load_dataset(dataset_id)
     except (UserError, PermissionError):
         raise
     except Exception as error:  # Minari raises OSError, KeyError, JSONDecodeError, AssertionError and others
-        raise minari_checks.damaged(dataset_id, dataset_root() / dataset_id, error) from error
+        raise minari_checks.damaged(dataset_id, folder, error) from error
+
+
+def _folder(name: str) -> Path:
+    dataset_id = split_remote(name)[1]
+    check_id(dataset_id)
+    if not exists(dataset_id):
+        raise UserError(_missing(name))
+    return dataset_root() / dataset_id
 
 
 def check_id(dataset_id: str) -> None:
@@ -161,18 +166,26 @@ def trajectories(source: str | minari.MinariDataset, repair: bool = False) -> Tr
         UserError: the dataset is missing or damaged (dataset, episode, field and mend are named), or its spaces are of
             a kind that this version does not train on.
     """
-    dataset = load(source) if isinstance(source, str) else source
-    name = split_remote(source)[1] if isinstance(source, str) else source.spec.dataset_id
-    numbers, folder = dataset.episode_indices, Path(dataset.storage.data_path).parent
-    whole = len(numbers) == dataset.storage.total_episodes
-    if not whole:
-        name += f"-{len(numbers)}-episodes-{hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()[:8]}"
+    name, folder = (split_remote(source)[1], _folder(source)) if isinstance(source, str) else _part(source)
 
     def read() -> tuple[Spec, Iterator[Reading]]:
-        about = dataset.storage.metadata if whole else None
+        dataset = load(source) if isinstance(source, str) else source
+        about = dataset.storage.metadata if _is_whole(dataset) else None
         return _spec(dataset), minari_checks.readings(_raw_episodes(dataset), name, folder, about)
 
     return converted(name, folder, read, repair)
+
+
+def _part(dataset: minari.MinariDataset) -> tuple[str, Path]:
+    """A name for the episodes of a dataset, and its folder."""
+    name, numbers = dataset.spec.dataset_id, np.asarray(dataset.episode_indices, np.int64)
+    if not _is_whole(dataset):
+        name += f"-{len(numbers)}-episodes-{hashlib.sha256(numbers.tobytes()).hexdigest()[:8]}"
+    return name, Path(dataset.storage.data_path).parent
+
+
+def _is_whole(dataset: minari.MinariDataset) -> bool:
+    return len(dataset.episode_indices) == dataset.storage.total_episodes
 
 
 def _spec(dataset: minari.MinariDataset) -> Spec:

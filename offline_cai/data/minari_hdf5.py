@@ -16,6 +16,7 @@ from h5py import h5a, h5d, h5f, h5g, h5s, h5t
 from offline_cai.data.hdf5 import room
 
 BOOLEAN = h5t.py_create(np.dtype(bool))  # HDF5 knows none: h5py's enumeration of FALSE and TRUE
+NUMBERS = (h5t.INTEGER, h5t.FLOAT, h5t.ENUM)  # what HDF5 converts; of a complex number it would drop a part
 
 
 class RawEpisode(NamedTuple):
@@ -31,9 +32,9 @@ class RawEpisode(NamedTuple):
 
 
 def count(path: Path) -> int:
-    """The number of episodes in a file."""
+    """The number of episodes in a file, in which Minari keeps nothing else; costs the same for any number."""
     file = h5f.open(str(path).encode(), h5f.ACC_RDONLY)
-    return sum(name.startswith(b"episode_") for name in h5g.open(file, b"/"))
+    return int(h5g.open(file, b"/").get_num_objs())
 
 
 def episodes(
@@ -69,21 +70,24 @@ def episodes(
 class _Numbers:
     """A dataset that every episode has, read as float32 if it is that in the first, else as float64.
 
-    Its type may differ from one episode to the next: HDF5 converts, and the store keeps float32 anyway.
+    Its type may differ from one episode to the next: HDF5 converts, or refuses, and the store keeps float32 anyway.
     """
 
     def __init__(self, name: str) -> None:
-        self.name, self._hdf5_type = name, h5t.NATIVE_DOUBLE
-        self._type: type | None = None
+        self.name = name
+        self._types: tuple[type, h5t.TypeID] | None = None  # NumPy's and HDF5's
 
     def read(self, group: h5g.GroupID) -> np.ndarray:
         dataset = h5d.open(group, self.name.encode())
-        if self._type is None:
-            self._type = np.float32 if dataset.dtype == np.float32 else np.float64
-            self._hdf5_type = h5t.py_create(np.dtype(self._type))
-        out: np.ndarray = np.empty(room(dataset), self._type)
+        if self._types is None:
+            if dataset.get_type().get_class() not in NUMBERS:
+                raise TypeError(f"{self.name!r} hold {dataset.dtype}, not numbers")
+            single = dataset.dtype == np.float32
+            self._types = (np.float32, h5t.NATIVE_FLOAT) if single else (np.float64, h5t.NATIVE_DOUBLE)
+        numpy_type, hdf5_type = self._types
+        out: np.ndarray = np.empty(room(dataset), numpy_type)
         if out.size:
-            dataset.read(h5s.ALL, h5s.ALL, out, self._hdf5_type)
+            dataset.read(h5s.ALL, h5s.ALL, out, hdf5_type)
         return out
 
 
@@ -104,10 +108,11 @@ def _flags(group: h5g.GroupID, name: bytes) -> np.ndarray:
         try:
             dataset.read(h5s.ALL, h5s.ALL, out, BOOLEAN)
         except OSError:  # HDF5 makes no enumeration of other flags; what cannot be read at all raises again
-            out = _Numbers(name.decode()).read(group)
-    if out.max(initial=0) > 1 or (out.dtype != np.uint8 and not np.isin(out, (0, 1)).all()):
+            numbers = _Numbers(name.decode()).read(group)
+            out = np.where((numbers == 0) | (numbers == 1), numbers, 2).astype(np.uint8)
+    if out.max(initial=0) > 1:
         raise ValueError(f"{name.decode()!r} hold other values than 0 and 1")
-    return out.astype(bool)
+    return out.view(bool)
 
 
 def _counted(group: h5g.GroupID) -> int | None:

@@ -19,9 +19,7 @@ def read(path: Path, *written: dict[str, np.ndarray]) -> list[RawEpisode]:
             for name, array in {**plain, "rewards": np.zeros(2), **ends, **changes}.items():
                 file[f"episode_{number}/{name}"] = array
     numbers = np.arange(len(written))
-    found = list(minari_hdf5.episodes(path, {"observations/a": 1, "observations/b": 2}, {"actions": 1}, numbers))
-    assert all(isinstance(one, RawEpisode) for one in found), found
-    return found  # type: ignore[return-value]  # as was just seen
+    return list(minari_hdf5.episodes(path, {"observations/a": 1, "observations/b": 2}, {"actions": 1}, numbers))
 
 
 @pytest.mark.parametrize("first", [np.int64, np.uint8, np.float16, np.float32, np.float64])
@@ -48,5 +46,24 @@ def test_flags_are_right_whatever_type_they_have(tmp_path: Path, kind: type) -> 
 
 def test_a_missing_dataset_is_named(tmp_path: Path) -> None:
     read(tmp_path / "x.hdf5", {})
-    (found,) = minari_hdf5.episodes(tmp_path / "x.hdf5", {"observations/none": 1}, {"actions": 1}, np.arange(1))
-    assert isinstance(found, KeyError) and "none" in str(found)
+    (error,) = minari_hdf5.episodes(tmp_path / "x.hdf5", {"observations/none": 1}, {"actions": 1}, np.arange(1))
+    assert isinstance(error, KeyError) and "none" in str(error)
+
+
+def test_flags_of_other_values_are_refused(tmp_path: Path) -> None:
+    for values in (np.array([0, 2]), np.array([0, 0.5])):
+        (error,) = read(tmp_path / f"{values.dtype}.hdf5", {"terminations": values})
+        assert isinstance(error, ValueError) and "'terminations' hold other values than 0 and 1" in str(error)
+
+
+def test_numbers_of_another_kind_are_refused_in_any_episode(tmp_path: Path) -> None:
+    for number in (0, 1):
+        written: list[dict[str, np.ndarray]] = [{}, {}]
+        written[number] = {"rewards": np.array([b"one", b"two"])}
+        found = read(tmp_path / f"{number}.hdf5", *written)
+        assert [isinstance(e, Exception) for e in found] == [number == 0, number == 1]
+
+
+def test_episodes_are_counted(tmp_path: Path) -> None:
+    read(tmp_path / "x.hdf5", {}, {}, {})
+    assert minari_hdf5.count(tmp_path / "x.hdf5") == 3
