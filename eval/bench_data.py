@@ -6,7 +6,8 @@ file. All times are CPU seconds, medians of rounds in which the two sides of a r
 - minari_read_ratio, minari_dict_read_ratio: the user's loop over the episodes of a Minari dataset of 200,000 steps
   (`iterate_episodes`; observations, of a dict side by side, actions, rewards and ends of each episode to arrays; all
   arrays concatenated at the end) / our first `trajectories(id)`: read, checked, written, mapped. Long episodes of a Box
-  (hopper's spaces), and short ones of a Dict (the point maze's). Numbers are random, infos there are none.
+  (hopper's spaces, no infos), and short ones of a Dict (the point maze's spaces, and four infos as in its public data:
+  Minari's loop reads them too, ours does not). Numbers are random.
 - reopen_ratio: the same loop, over the long episodes, / our second `trajectories(id)`. open_ms: the slowest opening, of
   these two datasets and of stores up to 10 million steps.
 - transition_batch_ratio, window_batch_ratio: batches of 256 transitions, and of 32 windows of 128 steps: torch's
@@ -70,13 +71,13 @@ def take_turns(sides: dict[str, Callable[[], object]], rounds: int, repeats: int
 def episodes(spec: Spec, steps: int, mean: int) -> Iterator[Episode]:
     """Episodes of random numbers with `steps` steps in all, of lengths even between half and one and a half `mean`."""
     rng = np.random.default_rng(0)
-    obs = rng.normal(size=(2 * mean, spec.obs_width))
-    action = rng.uniform(-1, 1, size=(2 * mean, spec.action_width)).astype(np.float32)
-    reward = rng.normal(size=2 * mean)
+    obs = rng.normal(size=(40 * mean, spec.obs_width))
+    action = rng.uniform(-1, 1, size=(40 * mean, spec.action_width)).astype(np.float32)
     while steps:
         length = min(int(rng.integers(mean // 2, mean * 3 // 2)), steps)
         steps -= length
-        yield Episode(obs[: length + 1], action[:length], reward[:length], bool(rng.integers(2)))
+        part = slice(at := int(rng.integers(38 * mean)), at + length)
+        yield Episode(obs[at : at + length + 1], action[part], rng.normal(size=length), bool(rng.integers(2)))
 
 
 # Minari --------------------------------------------------------------------------------------------------------------
@@ -96,8 +97,12 @@ def minari_dataset(name: str, spec: Spec, mean: int) -> str:
         parts = dict(zip(spaces, np.split(episode.obs, cuts, axis=1), strict=True))
         ends = np.zeros((2, len(episode.reward)), dtype=bool)
         ends[0 if episode.terminal else 1, -1] = True
-        obs = parts if nested else episode.obs
-        buffers.append(EpisodeBuffer(None, None, None, obs, episode.action, episode.reward, ends[0], ends[1]))
+        obs, infos = parts if nested else episode.obs, None
+        if nested:  # as in D4RL/pointmaze: one for each observation
+            position, velocity, goal = np.split(episode.obs, [2, 4], axis=1)[:3]
+            success = np.zeros(len(episode.obs), dtype=bool)
+            infos = {"success": success, "goal": goal[:, :2], "qpos": position, "qvel": velocity}
+        buffers.append(EpisodeBuffer(None, None, None, obs, episode.action, episode.reward, *ends, infos))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari asks for an author, among others
         minari.create_dataset_from_buffers(

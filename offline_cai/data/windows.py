@@ -65,8 +65,9 @@ class Cut:
             reward = from_numpy(blocks[..., 0, r])
             valid, terminal = about["exists"][..., 0], about["terminal"][..., 0]
         else:
-            reward, terminal = from_numpy(blocks[..., r]) @ self._powers, np.asarray(about["terminal"].any(-1))
-            valid = terminal | about["exists"].all(-1)
+            reward = from_numpy(blocks[..., r]) @ self._powers
+            terminal = np.any(about["terminal"], axis=-1)
+            valid = np.all(about["exists"], axis=-1) | terminal
         return Batch(
             obs=from_numpy(x[:, ::k, :o]),
             action=from_numpy(blocks[..., o:r]),
