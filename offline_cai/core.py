@@ -377,9 +377,11 @@ class Source(Protocol):
 
     Attributes:
         seconds: spent in environments so far.
+        asked: whether this process is asked to stop; who gathers for long raises `interrupts.Asked` then.
     """
 
     seconds: float
+    asked: Callable[[], bool]
 
     def __call__(self, step: int) -> Batch: ...
 

@@ -6,6 +6,10 @@ from types import FrameType
 from typing import Any
 
 
+class Asked(Exception):
+    """Long work ended early, at a safe point, because it was asked to."""
+
+
 class Interrupt:
     """While it is entered, the first SIGINT or SIGTERM sets `asked` to its number, and the second one stops at once.
 

@@ -62,19 +62,24 @@ def _plain(episode: Episode, where: str) -> Episode:
         raise UserError(f"{where}: one of its episodes is a {type(episode).__name__}, not an offline_cai.core.Episode.")
     obs, action, reward, terminal, log_prob = episode
     logs = None if log_prob is None else _array(log_prob)
+    if np.size(terminal) != 1:
+        raise UserError(f"{where}: 'terminal' of an episode is one flag, not {np.size(terminal)} of them.")
     return Episode(_array(obs), _array(action), _array(reward), bool(terminal), logs)
 
 
 def _array(value: Any) -> np.ndarray:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    try:
+        return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; sparse tensors; types that NumPy has not
+        raise UserError(f"the data hold what is no array of numbers ({error}). Convert it first.") from error
 
 
 def _rows(data: Arrays, where: str) -> Arrays:
     """Checked arrays by D4RL's names, observations and actions a row of numbers each."""
     for name in data:
-        if name not in ROWS and "/" not in name:
+        if name not in ROWS and "/" not in str(name):
             raise UserError(
-                f"{where}: there is no place for {name!r}; {did_you_mean(name, ROWS)} Leave it out, or call it "
+                f"{where}: there is no place for {name!r}; {did_you_mean(str(name), ROWS)} Leave it out, or call it "
                 f"'infos/{name}', which is passed over."
             )
     if "timeouts" not in data:
@@ -145,6 +150,8 @@ def _spec(declared: Arrays, rows: Arrays, where: str) -> Spec:
     try:
         bounds = {name: np.broadcast_to(array, width).astype(float).tolist() for name, array in declared.items()}
         if "action_n" in bounds:
+            if len(bounds) > 1 or any(n != int(n) for n in bounds["action_n"]):
+                raise ValueError("'action_n' are whole numbers, and stand without bounds")
             return Spec(fields, Discrete(tuple(map(int, bounds["action_n"])), (0,) * width))
         return Spec(fields, Box(tuple(bounds["action_low"]), tuple(bounds["action_high"])))
     except KeyError:

@@ -1,6 +1,7 @@
 """One name for a dataset, whatever its kind: a Minari id, a D4RL name, or the path of a D4RL file or of own arrays."""
 
 import io
+import math
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -108,7 +109,11 @@ def reference(name: str) -> tuple[float, float] | None:
         return scores.reference(task) if task in scores.table() else None
     about = minari.load(name).storage.metadata if kind(name) == "minari" else {}
     low, high = about.get("ref_min_score"), about.get("ref_max_score")
-    return None if low is None or high is None else (low, high)
+    if low is None or high is None:
+        return None
+    if not all(type(x) in (int, float) and math.isfinite(x) for x in (low, high)) or low == high:
+        raise UserError(f"{name!r}: its reference scores {low!r} and {high!r} are no scale: mend its metadata.json.")
+    return low, high
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

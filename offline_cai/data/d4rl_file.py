@@ -152,8 +152,8 @@ def cut_rows(
         raise UserError(f"max_episode_steps is {limit}, but an episode has at least one step.")
     if limit is None:
         raise UserError(
-            f"{where} has no 'timeouts', and its name is none of D4RL's, so nobody knows where episodes were cut. Give "
-            "max_episode_steps, the time limit of its environment."
+            f"{where} has no 'timeouts', and its name is none of D4RL's, so nobody knows where episodes were cut. "
+            "Add 'timeouts', name the file as D4RL does, or give max_episode_steps, the time limit, in Python."
         )
     cut, terminals = np.zeros_like(terminal), np.flatnonzero(terminal)
     start, step, rows = 0, 0, len(terminal)

@@ -104,7 +104,7 @@ class Intake:
 
     def _drop(self, number: int, error: UserError) -> None:
         if not self.repair:
-            raise UserError(f"{error} `offline-cai data convert --repair` leaves damaged episodes out.")
+            raise UserError(f"{error} Or leave damaged episodes out: repair=True, or `data convert NAME --repair`.")
         self._dropped[number] = str(error)
 
 

@@ -1,6 +1,7 @@
 """Minari datasets in and out. A dataset is converted once to the trajectory store, which is what training reads."""
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from minari.storage.remotes import DEFAULT_REMOTE
 
 from offline_cai import config
 from offline_cai.core import Episode, Spec
-from offline_cai.data import minari_checks, minari_hdf5
+from offline_cai.data import d4rl_download, minari_checks, minari_hdf5
 from offline_cai.data.cache import converted
 from offline_cai.data.intake import Reading
 from offline_cai.data.minari_hdf5 import RawEpisode
@@ -59,12 +60,13 @@ def counts(dataset_id: str) -> tuple[int | None, int | None]:
     """Episodes and steps that a local dataset's metadata tell; None where they tell none."""
     with suppress(UserError):
         about = read_json(dataset_root() / dataset_id / "data" / METADATA_FILE_NAME)
-        return about.get("total_episodes"), about.get("total_steps")
+        episodes, steps = (about.get(name) for name in ("total_episodes", "total_steps"))
+        return episodes if type(episodes) is int else None, steps if type(steps) is int else None
     return None, None
 
 
 def exists(dataset_id: str) -> bool:
-    return (dataset_root() / dataset_id / "data").is_dir()
+    return os.path.isdir(dataset_root() / dataset_id / "data")
 
 
 def split_remote(name: str) -> tuple[str | None, str]:
@@ -130,7 +132,7 @@ def _missing(name: str) -> str:
     if dataset_id in known_recipes:
         how = f"Collect it with `offline-cai collect {known_recipes[dataset_id]}`."
     else:
-        known = {*local_ids(), *known_recipes}
+        known = {*local_ids(), *known_recipes, *d4rl_download.table()}
         how = f"Among those here or that a recipe collects {did_you_mean(dataset_id, known)} "
         how += f"A public one is downloaded with `offline-cai data download {name}`"
         how += "." if online(remote) else "; but there is no network here now."
@@ -144,10 +146,10 @@ def online(remote: str | None = None, seconds: float = 2.0) -> bool:
     """
     scheme = (remote or os.environ.get("MINARI_REMOTE") or DEFAULT_REMOTE).partition(":")[0]
     server = STORAGE_SERVER if scheme == "gcp" else os.environ.get("HF_ENDPOINT") or HUB_SERVER
-    at = urlsplit(getproxies().get("https") or server)
     try:
+        at = urlsplit(getproxies().get("https") or server)
         socket.create_connection((at.hostname, at.port or 443), timeout=seconds).close()
-    except OSError:
+    except (OSError, ValueError):
         return False
     return True
 
@@ -185,7 +187,7 @@ def _part(dataset: minari.MinariDataset) -> tuple[str, Path]:
 
 
 def _is_whole(dataset: minari.MinariDataset) -> bool:
-    return len(dataset.episode_indices) == dataset.storage.total_episodes
+    return np.array_equal(dataset.episode_indices, np.arange(dataset.storage.total_episodes))
 
 
 def _spec(dataset: minari.MinariDataset) -> Spec:
@@ -332,7 +334,8 @@ def check_free(dataset_id: str) -> None:
 def origin(dataset: minari.MinariDataset) -> dict[str, Any]:
     """Arguments for `write` that make a dataset like this one: its spaces, environments, references and all it says."""
     metadata_ = dataset.storage.metadata
-    about = {name: value for name, value in metadata_.items() if name not in _STORAGE_KEYS}
+    own = _STORAGE_KEYS | set(inspect.signature(write).parameters)
+    about = {name: value for name, value in metadata_.items() if name not in own}
     spaces = (dataset.observation_space, dataset.action_space)
     note = {name: value for name, value in metadata(dataset).items() if name != "fingerprint"}  # of a recipe's own data
     return {**about, "env": dataset.spec.env_spec, "spaces": spaces, "note": note}

@@ -97,7 +97,7 @@ def _side_by_side(group: h5g.GroupID, parts: Mapping[_Numbers, int]) -> np.ndarr
         array = part.read(group)
         if math.prod(array.shape[1:]) != width:
             raise ValueError(f"{part.name!r} have shape {array.shape}, but their space has {width} numbers")
-        columns.append(array.reshape(-1, width))
+        columns.append(array.reshape(len(array), width))
     return columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
 
 

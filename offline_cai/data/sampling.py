@@ -52,7 +52,7 @@ class Weighted:
     """
 
     def __init__(self, windows: Windows, weights: np.ndarray) -> None:
-        data = windows.data
+        data, weights = windows.data, np.asarray(weights, dtype=np.float64)
         if weights.shape != (data.num_episodes,) or not np.isfinite(weights).all() or (weights < 0).any():
             raise UserError(
                 f"weights of shape {weights.shape} should be {data.num_episodes} finite numbers, none negative."

@@ -59,7 +59,7 @@ def split(episodes: np.ndarray, shares: Sequence[float], seed: int) -> list[np.n
     Raises:
         UserError: shares that do not sum to one, or a part that would be empty.
     """
-    if min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
+    if not shares or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-9:
         raise UserError(f"shares {list(shares)} have to be positive and sum to one.")
     shuffled = np.random.default_rng(seed).permutation(episodes)
     cuts = np.rint(np.cumsum(shares)[:-1] * len(episodes)).astype(int)

@@ -99,7 +99,13 @@ class Trajectories:
             keep = np.ones(len(self.rows), dtype=bool)
             keep[self.offsets[1:] - 1] = False
             return np.flatnonzero(keep)
-        return np.concatenate([np.arange(self.offsets[e], self.offsets[e + 1] - 1) for e in episodes])
+        numbers, last = np.asarray(episodes), self.num_episodes - 1
+        if numbers.dtype.kind not in "iu" or not len(numbers) or not 0 <= numbers.min() <= numbers.max() <= last:
+            raise UserError(
+                f"episodes are given by their numbers, one at least, from 0 to {last}, and {numbers.dtype} "
+                f"{numbers[:3].tolist()} is not that. A mask becomes numbers by numpy.flatnonzero."
+            )
+        return np.concatenate([np.arange(self.offsets[e], self.offsets[e + 1] - 1) for e in numbers])
 
     def return_to_go(self, discount: float) -> np.ndarray:
         """Discounted sum of rewards from each row to the end of its episode, float32 [N]."""

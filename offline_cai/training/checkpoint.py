@@ -86,10 +86,12 @@ def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor],
     return target
 
 
-def prune(folder: Path, keep: int, best: int | None) -> None:
-    """Remove all checkpoints but the last `keep` and that of step `best`."""
-    for old in checkpoints(folder)[:-keep]:
-        if best is None or old.name != f"step-{best:08d}":
+def prune(folder: Path, step: int, keep: int, best: int | None) -> None:
+    """Remove all but the last `keep` up to `step` and that of step `best`; what a fallback left behind it goes too."""
+    found = checkpoints(folder)
+    past = [path for path in found if _step(path) <= step]
+    for old in (*past[:-keep], *found[len(past) :]):
+        if best is None or _step(old) != best:
             gone = old.rename(folder / f".removing-{old.name}")  # half removed, it should not look like a damaged one
             shutil.rmtree(gone, ignore_errors=True)
 
@@ -111,7 +113,13 @@ def _flush(path: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, damaged ones included."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted((path for path in folder.glob("step-*") if _step(path) >= 0 and path.is_dir()), key=_step)
+
+
+def _step(path: Path) -> int:
+    """The step that a checkpoint's name says; -1 for other names."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
 
 
 def find(path: Path | str) -> Path:

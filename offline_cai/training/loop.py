@@ -21,7 +21,7 @@ from offline_cai.environments.make import env_spec
 from offline_cai.environments.vector import EnvironmentFault
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.files import write_text
-from offline_cai.interrupts import Interrupt
+from offline_cai.interrupts import Asked, Interrupt
 from offline_cai.provenance import versions
 from offline_cai.training import checkpoint, folder, processes, sources
 from offline_cai.training.experiment import Experiment, require_same
@@ -116,6 +116,7 @@ class _Run:
         self._open(start)
         self.start, self.clock = start, Clock(start)
         with Interrupt() as self.interrupt:
+            self.source.asked = lambda: bool(self.interrupt.asked)
             if start:
                 self.evaluate(start)  # a stop may have come between a step and its evaluation
             while step < c.steps and not state.stopping:
@@ -128,8 +129,13 @@ class _Run:
                         self.save(step)
                 except Diverged as fault:
                     step = self.roll_back(step, fault)
-                except EnvironmentFault as fault:  # in all processes alike
+                except Asked:  # in all processes alike, as is the next
+                    state.stopping = True
                     self.save(step)
+                except EnvironmentFault as fault:
+                    self.save(step)
+                    with processes.together():
+                        self.accelerator.wait_for_everyone()  # the first one writes, and who ends before it ends it
                     raise UserError(
                         f"{fault} What was gathered until then is kept: mend the environment, then go on with: "
                         f"offline-cai train --resume {self.output}"
@@ -199,6 +205,8 @@ class _Run:
                     self.progress.say(f"train: step {step}, score {scores['score']:.1f}")
                 except Abandoned:
                     pass
+                except EnvironmentFault as fault:  # in this process alone, unlike one of the source
+                    raise UserError(f"the evaluation at step {step} failed: {fault}") from fault
         self.state.stop = bool(self.interrupt.asked)
         self.state.agree_to_stop()
 
@@ -238,8 +246,9 @@ class _Run:
                 self.state.tensors() | tensors,
                 {"experiment": config.to_dict(self.experiment), "training": self.state.facts(), "source": facts},
             )
-            checkpoint.prune(target, self.c.keep, self.metrics.best())
-            self.source.prune(checkpoint.source_facts(path) for path in checkpoint.checkpoints(target))
+            checkpoint.prune(target, step, self.c.keep, self.metrics.best())
+            whole = (path for path in checkpoint.checkpoints(target) if not checkpoint.damage(path))
+            self.source.prune(checkpoint.source_facts(path) for path in whole)
 
     def load(self) -> int:
         """Go back to the last checkpoint that is whole; gives its step.

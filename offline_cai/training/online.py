@@ -26,9 +26,11 @@ from offline_cai.environments.make import make
 from offline_cai.environments.rollout import check_action, episode_seeds
 from offline_cai.environments.vector import EnvironmentFault, Environments
 from offline_cai.errors import UserError
+from offline_cai.interrupts import Asked
 from offline_cai.spaces import require_same_spec
 
 ACTING = 1  # the stream of keys for acting, apart from those for batches
+FINE, FAULT, STOP = 0.0, 1.0, 2.0  # what a process tells the others after each step of its environments
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class OnlineSource(ABC):
                 f"environment.count is {c.count}, and {share.processes} processes cannot share that evenly: take a "
                 "multiple."
             )
+        self.asked: Callable[[], bool] = lambda: False
         self._algorithm, self._config, self._seed, self._folder = algorithm, c, seed, folder
         self._acting = seeding.key(seed, ACTING)
         self._size, self._share, self._own, self._data = batch_size, share, share.of(c.count), data
@@ -159,13 +162,14 @@ class OnlineSource(ABC):
         action, log_prob = self._act()
         fault, began = None, time.perf_counter()
         try:
-            own = np.column_stack([action, log_prob, *self._step(action), np.zeros(len(action))])
+            told = np.full(len(action), STOP if self.asked() else FINE)
+            own = np.column_stack([action, log_prob, *self._step(action), told])
         except EnvironmentFault as error:
             fault = error
-            own = np.ones((len(action), action.shape[1] + 2 * self._obs.shape[1] + 5))
+            own = np.full((len(action), action.shape[1] + 2 * self._obs.shape[1] + 5), FAULT)
         self.seconds += time.perf_counter() - began
         rows = self._share.gather(own)
-        if rows[:, -1].any():
+        if (rows[:, -1] == FAULT).any():
             raise fault or EnvironmentFault("an environment of another process failed, and that process names it.")
         o, a = self._obs.shape[1], action.shape[1]
         cuts = np.cumsum([a, 1, 1, o, 2, o])
@@ -176,6 +180,8 @@ class OnlineSource(ABC):
         self._returns[ended], self._running[ended] = self._running[ended], 0.0
         self._episodes += ended
         self._obs, self._time = restart, self._time + 1
+        if (rows[:, -1] == STOP).any():
+            raise Asked
 
     def _act(self) -> tuple[np.ndarray, np.ndarray]:
         """Actions [n, A] of this process's environments, rounded as the replay keeps them, and log-probabilities."""

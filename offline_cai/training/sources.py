@@ -71,6 +71,7 @@ class OfflineSource:
     def __init__(
         self, sampler: Sampler, batch_size: int, seed: int, rank: int = 0, processes: int = 1, data: str | None = None
     ) -> None:
+        self.asked: Callable[[], bool] = lambda: False
         self._sampler, self._size, self._seed, self._data = sampler, batch_size, seed, data
         self._slice = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
 

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from offline_cai.core import Algorithm, Batch
+from offline_cai.errors import UserError
 from offline_cai.export import assign
 from offline_cai.training.experiment import TrainingConfig
 from offline_cai.training.processes import together
@@ -55,6 +56,9 @@ class TrainingState:
         self.ema = [p.detach().clone() for p in named.values()] if training.ema else []
         self.slowdown, self.skipped, self.skipped_in_a_row = 1.0, 0, 0
         self.stop, self.stopping = 0, False
+        if isinstance(training.clip, Mapping) and (unknown := set(training.clip) - set(algorithm.needs.groups)):
+            groups = ", ".join(algorithm.needs.groups)
+            raise UserError(f"training.clip names {', '.join(sorted(unknown))}, but the groups are {groups}.")
         self.first_call: dict[str, float] = {}
 
     def __call__(self, batch: Batch, phase: str = "all") -> dict[str, float]:
@@ -134,8 +138,10 @@ class TrainingState:
         A norm that is not finite is an everyday matter where a gradient scaler (fp16) seeks its scale: it skips itself.
         """
         fault = next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
-        if fault is None and self.accelerator.scaler is None:
-            fault = next((f"{name} is {x:.3g}" for name, x in norms.items() if not x <= GRADIENT_LIMIT), None)
+        scaled = self.accelerator.scaler is not None
+        if fault is None:
+            large = (name for name, x in norms.items() if not x <= GRADIENT_LIMIT and (math.isfinite(x) or not scaled))
+            fault = next((f"{name} is {norms[name]:.3g}" for name in large), None)
         if fault is None:
             self.skipped_in_a_row = 0
             return True

@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 from tqdm import tqdm
 
@@ -68,7 +69,7 @@ class Progress:
 
     def _line(self, loss: float | None, now: float) -> str:
         rate = (self.step - self._start) / max(now - self._began, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((self._total - self.step) / max(rate, 1e-9)))
+        left = timedelta(seconds=round((self._total - self.step) / max(rate, 1e-3)))
         shown = "" if loss is None else f", loss {loss:.4f}"
         return f"train: step {self.step} of {self._total}{shown}, {rate:.1f} steps/s, {left} left"
 

@@ -79,7 +79,11 @@ def test_filtered_and_split_datasets_are_stores_of_their_own() -> None:
     assert long.lengths.tolist() == [4, 7] and whole.lengths.tolist() == [4, 1, 7]
     first, second = (minari.trajectories(part) for part in real_minari.split_dataset(dataset, sizes=[1, 2], seed=0))
     assert sorted([*first.lengths, *second.lengths]) == [1, 4, 7]
+    (shuffled,) = real_minari.split_dataset(dataset, sizes=[3], seed=2)
+    assert shuffled.episode_indices.tolist() != [0, 1, 2]
+    assert minari.trajectories(shuffled).lengths.tolist() == [[4, 1, 7][i] for i in shuffled.episode_indices]
     assert minari.trajectories("spaces/hdf5/parts-v0").path == whole.path != long.path
+    assert minari.trajectories("spaces/hdf5/parts-v0").lengths.tolist() == [4, 1, 7]
 
 
 def test_a_choice_that_does_not_exist_is_named_with_its_episode() -> None:

@@ -17,8 +17,16 @@ def save(folder: Path, spec: Spec, step: int = 1, keep: int = 2) -> Path:
     bc = BC(spec, BCConfig(hidden=(4,)))
     export = checkpoint.Export("bc", bc.config, spec, bc.state_dict())
     path = checkpoint.save(folder, step, export, {"model/x": torch.arange(3.0)}, dict(FACTS))
-    checkpoint.prune(folder, keep, best=None)
+    checkpoint.prune(folder, step, keep, best=None)
     return path
+
+
+def test_what_a_fallback_left_behind_goes_and_the_whole_ones_stay(tmp_path: Path, spec: Spec) -> None:
+    for step in (10, 20):
+        save(tmp_path, spec, step)
+    (tmp_path / "step-00000020" / "manifest.json").write_text("{")
+    save(tmp_path, spec, 12, keep=1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000012"]
 
 
 def test_the_last_ones_are_kept_and_found(tmp_path: Path, spec: Spec) -> None:

@@ -16,6 +16,7 @@ from offline_cai import algorithms, seeding
 from offline_cai.core import Batch, Discrete, Field, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import UserError
+from offline_cai.interrupts import Asked
 from offline_cai.training import checkpoint, experiment, loop, online, trackers
 from offline_cai.training.experiment import Experiment
 from offline_cai.training.online import OnlineSource, ReplaySource, RolloutSource, Share
@@ -158,6 +159,19 @@ def test_several_processes_see_what_one_would(kind: str, tmp_path: Path, monkeyp
         assert equal(single(step), Batch(*joined)), step
     assert got[0][-1].facts == single.state().facts and got[1][-1].facts == {}, "one of them writes"
     single.close()
+
+
+def test_gathering_ends_early_when_asked_and_goes_on_from_there(tmp_path: Path) -> None:
+    e = exp("replay", "Pendulum-v1", random_steps=50)
+    whole, source = build(e, tmp_path / "whole"), build(e, tmp_path)
+    asked = iter([False] * 20 + [True])
+    source.asked = lambda: next(asked)
+    with pytest.raises(Asked):
+        source(0)
+    assert source.metrics()["environment_steps"] == 42, "21 steps of 2 environments"
+    again = build(e, tmp_path)
+    again.load(source.state())
+    assert equal(again(0), whole(0))
 
 
 def test_batches_are_due_when_the_config_says(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_where_there_is_no_terminal_plain_lines_tell_rate_and_time_left(
         progress.advance(step, {"loss": 1 / step})
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4, "one for more than ten seconds each, and the last"
-    assert lines[0] == "train: step 41 of 100, loss 0.0244, 2.0 steps/s, 00:00:29 left"
-    assert lines[-1] == "train: step 100 of 100, loss 0.0100, 2.0 steps/s, 00:00:00 left"
+    assert lines[0] == "train: step 41 of 100, loss 0.0244, 2.0 steps/s, 0:00:30 left"
+    assert lines[-1] == "train: step 100 of 100, loss 0.0100, 2.0 steps/s, 0:00:00 left"
     Progress(total=1, start=0, quiet=True).advance(1, {})
     assert capsys.readouterr().err == ""
