@@ -188,6 +188,25 @@ def fault_full(at: str) -> None:
     checkpoint.save = save  # type: ignore[assignment]
 
 
+def fault_gather(value: str) -> None:
+    """Algorithms of a folder as well; "FOLDER|12": the second process is killed in its 12th step of environments."""
+    from offline_cai import algorithms
+    from offline_cai.training.online import OnlineSource
+
+    folder, _, last = value.partition("|")
+    algorithms.__path__.append(folder)
+    original, steps = OnlineSource._advance, []
+
+    def killed(self: Any) -> None:
+        steps.append(1)
+        if len(steps) == int(last):
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self)
+
+    if last and os.environ["RANK"] == "1":
+        OnlineSource._advance = killed  # type: ignore[method-assign]
+
+
 def fault_slow(seconds: str) -> None:
     """A save that takes long."""
     from offline_cai.training import checkpoint

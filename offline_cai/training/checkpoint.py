@@ -50,7 +50,9 @@ class Export(NamedTuple):
 
 
 def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `step` into `folder`; one that is there already, and whole, is left as it is.
+    """Write the checkpoint of `step` into `folder`.
+
+    One that is there already is left as it is, unless it is damaged or its source has gathered more since.
 
     Args:
         export: what it takes to act.
@@ -61,7 +63,7 @@ def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor],
         UserError: the disk refuses; earlier checkpoints are untouched.
     """
     target, temporary = folder / f"step-{step:08d}", folder / f".writing-step-{step:08d}"
-    if target.exists() and not damage(target):
+    if target.exists() and not damage(target) and source_facts(target) == json.loads(json.dumps(state["source"])):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,10 +78,12 @@ def save(folder: Path, step: int, export: Export, tensors: Mapping[str, Tensor],
         (temporary / "manifest.json").write_text(json.dumps({**data, "own sha256": _own_digest(data)}, indent=1))
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
+        gone = folder / f".removing-{target.name}"
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(gone)
         os.replace(temporary, target)
         _flush(folder)
+        shutil.rmtree(gone, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {target}: {error}. Earlier checkpoints are untouched.") from error

@@ -21,6 +21,16 @@ def save(folder: Path, spec: Spec, step: int = 1, keep: int = 2) -> Path:
     return path
 
 
+def test_a_checkpoint_is_written_again_only_if_its_source_has_gathered_more(tmp_path: Path, spec: Spec) -> None:
+    first = (save(tmp_path, spec, 5) / "manifest.json").stat()
+    assert (save(tmp_path, spec, 5) / "manifest.json").stat() == first
+    bc = BC(spec, BCConfig(hidden=(4,)))
+    export = checkpoint.Export("bc", bc.config, spec, bc.state_dict())
+    path = checkpoint.save(tmp_path, 5, export, {"model/x": torch.arange(3.0)}, FACTS | {"source": {"note": 2}})
+    assert checkpoint.source_facts(path) == {"note": 2} and checkpoint.find(path) == path
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000005"], "nothing is left beside it"
+
+
 def test_what_a_fallback_left_behind_goes_and_the_whole_ones_stay(tmp_path: Path, spec: Spec) -> None:
     for step in (10, 20):
         save(tmp_path, spec, step)

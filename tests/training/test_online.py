@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offline_cai import algorithms, seeding
+from offline_cai import algorithms, config, seeding
 from offline_cai.core import Batch, Discrete, Field, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import UserError
@@ -20,6 +21,9 @@ from offline_cai.interrupts import Asked
 from offline_cai.training import checkpoint, experiment, loop, online, trackers
 from offline_cai.training.experiment import Experiment
 from offline_cai.training.online import OnlineSource, ReplaySource, RolloutSource, Share
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
+import soak
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +163,20 @@ def test_several_processes_see_what_one_would(kind: str, tmp_path: Path, monkeyp
         assert equal(single(step), Batch(*joined)), step
     assert got[0][-1].facts == single.state().facts and got[1][-1].facts == {}, "one of them writes"
     single.close()
+
+
+@pytest.mark.parametrize("kind", ["replay", "rollout"])
+def test_two_processes_of_which_one_is_killed_resume_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    learner, settings = str(Path(__file__).parent / "algorithms"), {"random_steps": 3, "steps": 2}
+    (tmp_path / "online.yaml").write_text(config.dump(exp(kind, "Hopper-v5", **settings)))
+    whole, killed = (
+        soak.Run(tmp_path, name, processes=2, config=str(tmp_path / "online.yaml")) for name in ("whole", "killed")
+    )
+    assert whole.finish(f"gather:{learner}") == 0, whole.said()
+    assert killed.finish(f"gather:{learner}|40") != 0, "after 18 updates of 30"
+    assert checkpoint.find(killed.folder).name == "step-00000014"
+    assert killed.finish(f"gather:{learner}") == 0, killed.said()
+    assert killed.result() == whole.result()
 
 
 def test_gathering_ends_early_when_asked_and_goes_on_from_there(tmp_path: Path) -> None:
