@@ -6,6 +6,7 @@ rows of a plan, O and A the widths of an observation and an action, D the width 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -111,14 +112,30 @@ class Spec:
                 raise UserError(f"the observation has no field {name!r}; {did_you_mean(name, starts)}")
         return [column for name in names for column in starts[name]]
 
+    @property
+    def unit_width(self) -> int:
+        """The width U of an action in unit space: A, or the number of joint choices."""
+        return math.prod(self.action.n) if isinstance(self.action, Discrete) else self.action_width
+
     def to_unit(self, action: Tensor) -> Tensor:
-        """Raw actions [..., A] to [-1, 1]."""
-        low, high = (action.new_tensor(bound) for bound in (self.box.low, self.box.high))
+        """Raw actions [..., A] to unit space [..., U]: bounds to [-1, 1], joint choices to one-hot."""
+        if isinstance(self.action, Discrete):
+            joint = torch.zeros(action.shape[:-1], dtype=torch.int64, device=action.device)
+            for i, (n, start) in enumerate(zip(self.action.n, self.action.start, strict=True)):
+                joint = joint * n + (action[..., i].round().long() - start)
+            return torch.nn.functional.one_hot(joint, self.unit_width).to(torch.get_default_dtype())
+        low, high = (action.new_tensor(bound) for bound in (self.action.low, self.action.high))
         return (action - low) / (high - low) * 2 - 1
 
     def to_raw(self, action: Tensor) -> Tensor:
-        """Actions [..., A] in [-1, 1] to raw ones; what lies outside is clipped."""
-        low, high = (action.new_tensor(bound) for bound in (self.box.low, self.box.high))
+        """Actions [..., U] of unit space to raw ones [..., A], clipped; of choices the one with the largest entry."""
+        if isinstance(self.action, Discrete):
+            joint, parts = action.argmax(-1), []
+            for n, start in zip(reversed(self.action.n), reversed(self.action.start), strict=True):
+                parts.append(joint % n + start)
+                joint = joint // n
+            return torch.stack(parts[::-1], -1).to(action.dtype)
+        low, high = (action.new_tensor(bound) for bound in (self.action.low, self.action.high))
         return (action.clamp(-1, 1) + 1) / 2 * (high - low) + low
 
     def to_json(self) -> dict[str, Any]:

@@ -31,11 +31,14 @@ def test_spec_survives_json(spec: Spec) -> None:
     assert Spec.from_json(choices.to_json()) == choices
 
 
-def test_choices_have_no_unit_box() -> None:
+def test_choices_are_one_hot_over_their_joint_number() -> None:
     choices = Spec((Field("observation", 2),), Discrete((3, 4), (0, 1)))
-    assert choices.action.high == (2, 4) and choices.action_width == 2
+    assert choices.action.high == (2, 4) and choices.action_width == 2 and choices.unit_width == 12
+    raw = torch.tensor([[i, j] for i in range(3) for j in range(1, 5)], dtype=torch.float32)
+    assert torch.equal(choices.to_unit(raw), torch.eye(12))
+    assert torch.equal(choices.to_raw(torch.eye(12)), raw)
     with pytest.raises(UserError, match=r"choices \(3 x 4\), but continuous actions are needed"):
-        choices.to_unit(torch.zeros(1, 2))
+        choices.box.low  # noqa: B018
 
 
 def test_known_rows_are_imposed() -> None:

@@ -10,7 +10,7 @@ FLOORS = [
     {"errors", "files", "interrupts", "provenance", "core", "config", "export", "seeding", "spaces", "inference"},
     {"data", "networks", "environments"},
     {"diffusion"},
-    {"planning"},
+    {"planning", "policies"},
     {"algorithms"},
     {"evaluation"},
     {"training"},

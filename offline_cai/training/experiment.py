@@ -23,8 +23,8 @@ class TrainingConfig:
     """Windows per step, over all processes."""
     accumulate: int = 1
     """Micro-batches that a process cuts its part of a batch into, one after the other, to save memory."""
-    learning_rate: float = 1e-3
-    """Adam's learning rate at its highest."""
+    learning_rate: float | dict[str, float] = 1e-3
+    """Adam's learning rate at its highest, one for all parameter groups or one for each by phase."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Decay of the learning rate: cosine to 2 %, or constant."""
     warmup: int = 100
@@ -65,7 +65,8 @@ class TrainingConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
         if not 0 <= self.ema < 1:
             raise UserError(f"ema is {self.ema}; it has to be in [0, 1).")
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.weight_decay < math.inf or self.warmup < 0:
+        rates = self.learning_rate.values() if isinstance(self.learning_rate, dict) else [self.learning_rate]
+        if not all(0 < rate < math.inf for rate in rates) or not 0 <= self.weight_decay < math.inf or self.warmup < 0:
             raise UserError("learning_rate has to be a positive number, weight_decay and warmup at least zero.")
         if self.evaluate_every is not None and self.evaluate_every < 1:
             raise UserError(f"evaluate_every is {self.evaluate_every}; it has to be at least 1, or null for never.")
@@ -79,6 +80,18 @@ class TrainingConfig:
                 raise UserError(
                     f"the tracker {name} is not installed: pip install {name}, or leave it out of trackers."
                 )
+
+    def rate(self, phase: str) -> float:
+        """The highest learning rate of a phase.
+
+        Raises:
+            UserError: it is missing among those by phase.
+        """
+        if not isinstance(self.learning_rate, dict):
+            return self.learning_rate
+        if phase not in self.learning_rate:
+            raise UserError(f"training.learning_rate has none for {phase}; it has {', '.join(self.learning_rate)}.")
+        return self.learning_rate[phase]
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,8 @@ class Experiment:
     """Evaluation protocol: a recipe in eval/."""
     seed: int = 0
     """Seed of everything that is random."""
+    start_from: str | None = None
+    """A run, a checkpoint or an export whose actor and normaliser are taken over before the first step."""
     model: Any = None
     """The algorithm's own config."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from offline_cai import algorithms, config
+from offline_cai import algorithms, config, export
 from offline_cai.core import Algorithm, Batch, Source, SourceState
 from offline_cai.data import catalogue
 from offline_cai.data.trajectories import Trajectories
@@ -88,7 +88,23 @@ def build(experiment: Experiment, trajectories: Trajectories | None) -> Algorith
     algorithm = algorithms.find(experiment.algorithm)(spec, experiment.model)
     if trajectories is not None:
         algorithm.fit(trajectories.chunks)
+    if experiment.start_from is not None:
+        _take_over(algorithm, experiment.start_from)
     return algorithm
+
+
+def _take_over(algorithm: Algorithm, folder: str) -> None:
+    """The actor and the normaliser of an export, by name.
+
+    Raises:
+        UserError: it has none, or they are of other shapes.
+    """
+    parts, path = ("actor.", "normaliser."), export.find(folder)
+    tensors = {name: tensor for name, tensor in export.read(path)[1].items() if name.startswith(parts)}
+    if not any(name.startswith("actor.") for name in tensors):
+        raise UserError(f"start_from: {path} holds no actor: name a run of an algorithm that has one.")
+    others = {name: tensor for name, tensor in algorithm.state_dict().items() if not name.startswith(parts)}
+    export.assign(algorithm, {**others, **tensors}, f"start_from: {path}")
 
 
 class _Run:
@@ -172,7 +188,7 @@ class _Run:
             batch = self.source(step).to(self.accelerator.device)
         self.clock.move(self.source.seconds - before, "data", "environment")
         with self.clock("update"):
-            state.set_learning_rate(step)
+            state.set_learning_rates(step)
             state.stop = bool(self.interrupt.asked)
             values = state.algorithm.update(batch, state)
             state.average()
@@ -184,8 +200,9 @@ class _Run:
             self.progress.say(f"train: compiled, in {sum(self.state.first_call.values()):.1f} s for the first step")
         self.progress.advance(step, values)
         if self.main and (step == self.c.steps or self._due(step, self.c.log_every)):
-            rate = self.state.learning_rate(step - 1)
-            self._write(step, {**values, **self.source.metrics(), "learning_rate": rate, **self.clock.report(step)})
+            rates = self.state.learning_rates(step - 1)
+            rate = {"learning_rate": max(rates.values())}
+            self._write(step, {**values, **self.source.metrics(), **rate, **self.clock.report(step)})
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         row = {**values, "seconds": time.monotonic() - self.began}

@@ -50,15 +50,18 @@ class TrainingState:
         for phase, prefixes in algorithm.needs.groups.items():
             self.parameters[phase] = [p for name, p in named.items() if name.startswith(prefixes)]
             optimiser = torch.optim.AdamW(
-                self.parameters[phase], lr=training.learning_rate, weight_decay=training.weight_decay
+                self.parameters[phase], lr=training.rate(phase), weight_decay=training.weight_decay, fused=True
             )
             self.optimisers[phase] = accelerator.prepare(optimiser)
         self.ema = [p.detach().clone() for p in named.values()] if training.ema else []
         self.slowdown, self.skipped, self.skipped_in_a_row = 1.0, 0, 0
         self.stop, self.stopping = 0, False
-        if isinstance(training.clip, Mapping) and (unknown := set(training.clip) - set(algorithm.needs.groups)):
-            groups = ", ".join(algorithm.needs.groups)
-            raise UserError(f"training.clip names {', '.join(sorted(unknown))}, but the groups are {groups}.")
+        for field in ("clip", "learning_rate"):
+            value, groups = getattr(training, field), algorithm.needs.groups
+            if isinstance(value, Mapping) and (unknown := set(value) - set(groups)):
+                raise UserError(
+                    f"training.{field} names {', '.join(sorted(unknown))}, but the groups are {', '.join(groups)}."
+                )
         self.first_call: dict[str, float] = {}
 
     def __call__(self, batch: Batch, phase: str = "all") -> dict[str, float]:
@@ -93,7 +96,7 @@ class TrainingState:
             with self.accelerator.autocast():
                 loss = self.module(part, phase)
             unit = loss.entries if unit is None else unit
-            self.accelerator.backward(sum(loss.terms.values()) / unit)
+            self.accelerator.backward(sum(loss.terms.values()) / unit, inputs=self.parameters[phase])
             found = [*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)]
             like = self.parameters[phase][0]
             part_sums = torch.stack([x.detach().to(like.device, like.dtype) for x in found])
@@ -150,17 +153,17 @@ class TrainingState:
             raise Diverged(fault)
         return False
 
-    def learning_rate(self, step: int) -> float:
-        """A function of the optimiser step (and of the rollbacks), so a resumed run needs no scheduler's state."""
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """By phase: functions of the optimiser step (and of the rollbacks), so there is no scheduler's state."""
         c = self.config
         warm = min(1.0, (step + 1) / max(c.warmup, 1))
         decay = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.schedule == "cosine" else 1.0
-        return c.learning_rate * warm * decay * self.slowdown
+        return {phase: c.rate(phase) * warm * decay * self.slowdown for phase in self.optimisers}
 
-    def set_learning_rate(self, step: int) -> None:
-        for optimiser in self.optimisers.values():
-            for group in optimiser.param_groups:
-                group["lr"] = self.learning_rate(step)
+    def set_learning_rates(self, step: int) -> None:
+        for phase, rate in self.learning_rates(step).items():
+            for group in self.optimisers[phase].param_groups:
+                group["lr"] = rate
 
     def average(self) -> None:
         if self.ema:

@@ -36,7 +36,7 @@ def test_it_finds_the_mean_of_a_linear_gaussian_behaviour() -> None:
     config, windows, rng = TrainingConfig(steps=1500, clip=None), Windows(store, 1), np.random.default_rng(0)
     state = TrainingState(bc, config, Accelerator(cpu=True))
     for step in range(config.steps):
-        state.set_learning_rate(step)
+        state.set_learning_rates(step)
         bc.update(windows.gather(rng.choice(windows.starts, size=256), torch.zeros(256, dtype=torch.int64)), state)
     fresh = prior.sample(200, torch.Generator().manual_seed(1))[..., :2].reshape(-1, 2)
     wanted = (fresh.float() @ gain.T + offset).numpy()

@@ -113,12 +113,15 @@ def test_the_average_follows_its_definition(exp: Experiment, tmp_path: Path) -> 
 def test_the_learning_rate_is_a_function_of_the_step() -> None:
     def rate(step: int, **settings: object) -> float:
         config = experiment.TrainingConfig(steps=1000, **settings)  # type: ignore[arg-type]
-        stand_in = type("S", (), {"config": config, "slowdown": 1.0})()
-        return TrainingState.learning_rate(stand_in, step)  # type: ignore[arg-type]
+        stand_in = type("S", (), {"config": config, "slowdown": 1.0, "optimisers": {"actor": None}})()
+        return TrainingState.learning_rates(stand_in, step)["actor"]  # type: ignore[arg-type]
 
     assert rate(0) == pytest.approx(1e-5, rel=1e-3) and rate(99) == pytest.approx(1e-3, rel=0.03)
     assert rate(1000) == pytest.approx(2e-5) and rate(999) < rate(500) < rate(150)
     assert rate(999, schedule="constant") == 1e-3
+    assert rate(999, schedule="constant", learning_rate={"actor": 0.5, "critic": 1.0}) == 0.5
+    with pytest.raises(UserError, match=r"learning_rate has none for actor; it has critic\."):
+        rate(0, learning_rate={"critic": 1.0})
 
 
 def test_an_existing_folder_is_not_overwritten(exp: Experiment, run: Path) -> None:
@@ -176,7 +179,7 @@ def test_nan_weights_are_never_saved(exp: Experiment, tmp_path: Path, monkeypatc
 
     def spoil(self: TrainingState) -> None:
         average(self)
-        if self.optimisers["all"].param_groups[0]["lr"] == self.learning_rate(2):
+        if self.optimisers["all"].param_groups[0]["lr"] == self.learning_rates(2)["all"]:
             next(self.algorithm.parameters()).data.fill_(float("nan"))
 
     monkeypatch.setattr(TrainingState, "average", spoil)

@@ -1,0 +1,79 @@
+"""What algorithms with an actor have in common: a normaliser, pi(a | s), and how it acts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_cai import seeding
+from offline_cai.core import Algorithm, Chunks, Spec
+from offline_cai.data.codec import Normaliser, NormaliserKind
+from offline_cai.policies.distributions import Distribution
+from offline_cai.policies.networks import Actor
+
+
+class ActorAlgorithm(Algorithm):
+    """An algorithm that acts by `actor`, from observations that `normaliser` encodes."""
+
+    normaliser: Normaliser
+    actor: Actor
+
+    def __init__(self, spec: Spec, config: Any, normaliser: NormaliserKind) -> None:
+        super().__init__(spec, config)
+        self.normaliser = Normaliser(spec.obs_width, normaliser)
+
+    def fit(self, chunks: Chunks) -> None:
+        self.normaliser.fit(chunk.obs for chunk in chunks())
+
+    def pi(self, obs: np.ndarray) -> Distribution:
+        """pi(a | s) at raw observations [N, O]."""
+        like = next(self.actor.parameters())
+        return self.actor(self.normaliser.encode(torch.as_tensor(obs, dtype=like.dtype, device=like.device)))
+
+    @torch.no_grad()
+    def explore(self, obs: np.ndarray, key: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        unit, log_prob = self.pi(obs).sample(key.to(self.normaliser.shift.device))
+        return self.spec.to_raw(unit).cpu().numpy(), log_prob.cpu().numpy()
+
+    def policy(self, seed: int = 0, stochastic: bool = False, **options: Any) -> "ActorPolicy":
+        """A policy that acts by the mode of pi, or by its samples."""
+        return ActorPolicy(self.spec, self.pi, seed, stochastic)
+
+
+class ActorPolicy:
+    """A `Policy` that acts by the mode of a distribution, or by samples of it.
+
+    Samples are functions of (seed, environment, episode, step), whatever runs beside them.
+
+    Args:
+        pi: the distribution at raw observations [N, O].
+        stochastic: by samples, with their log-probabilities.
+    """
+
+    def __init__(
+        self, spec: Spec, pi: Callable[[np.ndarray], Distribution], seed: int = 0, stochastic: bool = False
+    ) -> None:
+        self._spec, self._pi, self._seed, self._stochastic = spec, pi, seed, stochastic
+        self._episode = self._time = np.zeros(0, dtype=np.int64)
+
+    def reset(self, done: np.ndarray | None = None) -> None:
+        if done is None:
+            self._episode = self._time = np.zeros(0, dtype=np.int64)
+        elif len(self._episode):
+            self._episode[done] += 1
+            self._time[done] = 0
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        pi = self._pi(obs)
+        if not self._stochastic:
+            return self._spec.to_raw(pi.mode).cpu().numpy(), None
+        if not len(self._episode):
+            self._episode, self._time = np.zeros(len(obs), dtype=np.int64), np.zeros(len(obs), dtype=np.int64)
+        numbers = zip(range(len(obs)), self._episode.tolist(), self._time.tolist(), strict=True)
+        key = torch.tensor([seeding.key(self._seed, *parts) for parts in numbers], device=pi.mode.device)
+        self._time += 1
+        unit, log_prob = pi.sample(key)
+        return self._spec.to_raw(unit).cpu().numpy(), log_prob.cpu().numpy()

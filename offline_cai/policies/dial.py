@@ -1,0 +1,62 @@
+"""The one dial of all actors: a temperature, or the nats that the policy may be away from its prior."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from offline_cai.errors import UserError
+
+Temperature = float | Literal["auto"]
+
+
+def check(temperature: Temperature, kl_budget: float | None) -> None:
+    """For a config's `__post_init__`.
+
+    Raises:
+        UserError: a temperature or a budget that is not positive, or both at once.
+    """
+    if temperature != "auto" and not 0 < temperature < math.inf:
+        raise UserError(f"temperature is {temperature}; it has to be positive, or auto.")
+    if kl_budget is not None and not 0 < kl_budget < math.inf:
+        raise UserError(f"kl_budget is {kl_budget}; it has to be a positive number of nats, or null.")
+    if kl_budget is not None and temperature != "auto":
+        raise UserError("temperature and kl_budget are two ways to say the same: give one, with temperature: auto.")
+
+
+class Dial(nn.Module):
+    """A fixed temperature, or one whose logarithm is learned so that the mean KL from the prior meets a budget.
+
+    Args:
+        temperature: in units of reward per nat, or auto: found for a budget.
+        kl_budget: nats, or None: `auto_budget` if the temperature is auto.
+        start: where a learned temperature begins.
+    """
+
+    def __init__(
+        self, temperature: Temperature, kl_budget: float | None, auto_budget: float, start: float = 1.0
+    ) -> None:
+        super().__init__()
+        fixed = temperature != "auto"
+        self.budget = None if fixed else (auto_budget if kl_budget is None else kl_budget)
+        log = torch.tensor(math.log(temperature if isinstance(temperature, float | int) else start))
+        self.log = nn.Parameter(log, requires_grad=not fixed)
+
+    @property
+    def learned(self) -> bool:
+        return self.budget is not None
+
+    @property
+    def temperature(self) -> Tensor:
+        """A scalar without gradient."""
+        return self.log.detach().exp()
+
+    def loss(self, kl: Tensor) -> Tensor:
+        """The dual [B] for the policy's KL from its prior [B] (or a sample's log-ratio): it rises while KL > budget.
+
+        log temperature · (budget - KL), as SAC's implementations have it (Haarnoja et al. 2018b, equation 18, has the
+        temperature for its logarithm).
+        """
+        assert self.budget is not None
+        return self.log * (self.budget - kl.detach())

@@ -1,0 +1,86 @@
+"""Networks of actors and critics, and slow copies of them. Observations are those that a normaliser gives."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from offline_cai.core import Discrete, Spec
+from offline_cai.networks.mlp import mlp
+from offline_cai.policies.distributions import Categorical, Gaussian, SquashedGaussian
+
+Family = Literal["squashed", "gaussian"]
+LOG_STD = (-20.0, 2.0)  # of squashed Gaussians (Haarnoja et al. 2018)
+M = TypeVar("M", bound=nn.Module)
+
+
+class Actor(nn.Module):
+    """pi(a | s) by a perceptron: a categorical where actions are choices, else one of two families.
+
+    - squashed: tanh of a Gaussian whose mean and standard deviation depend on the state.
+    - gaussian: mean in [-1, 1], and one standard deviation for each component, learned, or fixed to `std`.
+    """
+
+    def __init__(
+        self, spec: Spec, hidden: Sequence[int], family: Family = "squashed", std: float | None = None
+    ) -> None:
+        super().__init__()
+        self.choices, self.family = isinstance(spec.action, Discrete), family
+        two = family == "squashed" and not self.choices
+        self.body = mlp(spec.obs_width, hidden, spec.unit_width * (2 if two else 1))
+        if family == "gaussian" and not self.choices:
+            log_std = torch.full((spec.unit_width,), math.log(0.5 if std is None else std))
+            self.log_std = nn.Parameter(log_std, requires_grad=std is None)
+
+    def forward(self, obs: Tensor) -> Categorical | Gaussian | SquashedGaussian:
+        """The distribution at observations [B, O]."""
+        out = self.body(obs)
+        if self.choices:
+            return Categorical(out.log_softmax(-1))
+        if self.family == "gaussian":
+            return Gaussian(torch.tanh(out), self.log_std.clamp(*LOG_STD).exp().expand_as(out))
+        mean, log_std = out.chunk(2, -1)
+        return SquashedGaussian(mean, log_std.clamp(*LOG_STD).exp())
+
+
+class Critic(nn.Module):
+    """Q(s, a) by `count` perceptrons side by side; of choices each gives all values at once."""
+
+    def __init__(self, spec: Spec, hidden: Sequence[int], count: int = 2) -> None:
+        super().__init__()
+        self.choices = isinstance(spec.action, Discrete)
+        sizes = (spec.obs_width, spec.unit_width) if self.choices else (spec.obs_width + spec.unit_width, 1)
+        self.each = nn.ModuleList(mlp(sizes[0], hidden, sizes[1]) for _ in range(count))
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """[count, ..., B] for observations [B, O] and actions [..., B, U] (of choices also probabilities)."""
+        if self.choices:
+            return torch.stack([(q(obs) * action).sum(-1) for q in self.each])
+        both = torch.cat([obs.expand(*action.shape[:-1], obs.shape[-1]), action], -1)
+        return torch.stack([q(both)[..., 0] for q in self.each])
+
+
+class Value(nn.Module):
+    """V(s) by a perceptron."""
+
+    def __init__(self, spec: Spec, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.body = mlp(spec.obs_width, hidden, 1)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """[..., B] for observations [..., B, O]."""
+        return self.body(obs)[..., 0]
+
+
+def slow(module: M) -> M:
+    """A copy without gradients, to be moved by `follow`."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(target: nn.Module, module: nn.Module, rate: float) -> None:
+    """Move the target's parameters that share of the way to the module's: 1 copies them."""
+    torch._foreach_lerp_(list(target.parameters()), [p.detach() for p in module.parameters()], rate)
