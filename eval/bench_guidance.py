@@ -393,8 +393,8 @@ def curved_rows(
 ) -> dict[str, Row]:
     sizes = (residual, n, dtype, steps)
     rows = {name: drawn(task, denoise, task.guide(name), *sizes) for name in ("at_noisy", "through_denoiser")}
-    for newton in (1, 3):
-        rows[f"corrected, Newton {newton}"] = drawn(task, denoise, task.guide("corrected", newton=newton), *sizes)
+    rows["corrected, one Newton step"] = drawn(task, denoise, task.guide("corrected", newton=1), *sizes)
+    rows["corrected"] = drawn(task, denoise, task.guide("corrected"), *sizes)
     rows["SMC, corrected"] = weighed(task, denoise, task.guide("corrected"), residual, n // 4, dtype, steps // 2)
     return rows
 

@@ -31,6 +31,7 @@ from offline_cai.diffusion.sampler import Belief, Denoise, Guide, Guided, Step, 
 from offline_cai.errors import UserError
 
 HALVINGS = 6  # of a Newton step that does not climb
+CONVERGED = 2e-3  # twice the nats that another Newton step would gain
 LEAST = 0.1  # of the posterior's precision in a direction where the evidence is convex, relative to the prior's
 
 
@@ -78,7 +79,7 @@ def through_denoiser(denoise: Denoise, x: Tensor, step: Step, *, evidence: Evide
 
 
 def corrected(
-    denoise: Denoise, x: Tensor, step: Step, *, evidence: Evidence, temperature: float, newton: int = 3
+    denoise: Denoise, x: Tensor, step: Step, *, evidence: Evidence, temperature: float, newton: int = 10
 ) -> Guided:
     """The evidence weighed by the residual covariance C of the level: one forward pass, no backward pass through it.
 
@@ -86,7 +87,8 @@ def corrected(
     replaces C in the noise. With the exact denoiser of Gaussian data and a quadratic J, every step has the exact law.
 
     Args:
-        newton: damped Newton steps where J is not quadratic; the spread is that of the last one's starting point.
+        newton: damped Newton steps at most, where J is not quadratic; they end when no sample would gain .001 nats by
+            another. One is a linearisation; too few are noise in the weights of particles.
 
     Raises:
         UserError: the sampler was not given the residual covariance; evidence for noised rows.
@@ -98,7 +100,7 @@ def corrected(
 
 
 def jacobian(
-    denoise: Denoise, x: Tensor, step: Step, *, evidence: Evidence, temperature: float, newton: int = 3
+    denoise: Denoise, x: Tensor, step: Step, *, evidence: Evidence, temperature: float, newton: int = 10
 ) -> Guided:
     """`corrected` with Cov[x_0 | x_k] = (1 - abar) / sqrt(abar) ∂D/∂x_k of each sample, by d Jacobian-vector products.
 
@@ -212,7 +214,10 @@ def _weighed(prior: Belief, evidence: Evidence, temperature: float, newton: int)
         for _ in range(newton):
             value, slope = _slope(climb, z)
             chol = _precision(climb, z)
-            z = _uphill(climb, z, value, _solve(chol, slope))
+            step = _solve(chol, slope)
+            if (slope * step).sum(-1).max() < CONVERGED:
+                break
+            z = _uphill(climb, z, value, step)
         value = climb(z)
     root = torch.linalg.solve_triangular(chol, spread.root.mT, upper=False).mT
     log_evidence = value - chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)

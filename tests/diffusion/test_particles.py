@@ -15,7 +15,7 @@ from offline_cai.diffusion.residual import wiener
 from offline_cai.diffusion.sampler import Belief, Denoise, Guided, Step, unguided
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
-from tests.diffusion.conftest import F64, Problem
+from tests.diffusion.conftest import F64, HORIZON, WIDTH, Problem
 
 
 def run(problem: Problem, guide: object, plans: int, particles: int, steps: int = 16, **options: object) -> Population:
@@ -137,3 +137,20 @@ def test_what_cannot_be_weighed_is_said(problem: Problem) -> None:
     never = Return(lambda x: torch.full_like(x[:, 0, 0], -float("inf")))
     with pytest.raises(UserError, match="no particle of plan 0 explains the evidence"):
         run(problem, unguided, 1, 4, evidence=never)
+
+
+def test_the_evidence_of_a_reward_that_is_not_quadratic_is_found(problem: Problem) -> None:
+    """A rounded distance of the last position, whose posterior is a sum over a grid; Newton's steps have converged."""
+    d, at = problem.denoiser, (HORIZON - 2) * WIDTH
+
+    def distance(x: Tensor) -> Tensor:
+        return -(0.02 + (x[..., -2, 0] - 1).square()).sqrt()
+
+    grid = torch.linspace(-8, 8, 4001, dtype=F64)
+    rows = torch.zeros(len(grid), HORIZON, WIDTH, dtype=F64)
+    rows[:, -2, 0] = d.law.mean.flatten()[at] + d.law.covariance[at, at].sqrt() * grid
+    joint = (-0.5 * grid.square()).log_softmax(0) + distance(rows) / 0.1
+    reward = {"evidence": Return(distance), "temperature": 0.1}
+    out = run(problem, partial(guidance.corrected, **reward), 24, 8, **reward)  # type: ignore[arg-type]
+    ratio = (out.log_evidence - joint.logsumexp(0)).exp()
+    assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / 24**0.5 < 0.3
