@@ -42,15 +42,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, float]] = {  # with batc
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300, help="CPU seconds of training for each network")
+    parser.add_argument("--seconds", type=float, default=240, help="CPU seconds of training for each network")
     arguments = parser.parse_args()
     task, found = quadratic(last=False), {}
     print(f"{'':<26}{'parameters':>12}{'steps':>8}{'CPU s':>8}{'unguided':>10}{'corrected':>11}")
     for name, (make, batch, rate) in NETWORKS.items():
         torch.manual_seed(0)
         network, mask = make(), task.exact.mask
-        train(network, mask, 1, batch)
-        one = train(network, mask, 20, batch) / 20
+        one = (train(network, mask, 30, batch) - train(network, mask, 10, batch)) / 20
         torch.manual_seed(0)
         network = make()
         steps = int(arguments.seconds / one)
