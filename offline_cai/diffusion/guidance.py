@@ -215,9 +215,10 @@ def _weighed(prior: Belief, evidence: Evidence, temperature: float, newton: int)
             value, slope = _slope(climb, z)
             chol = _precision(climb, z)
             step = _solve(chol, slope)
-            if (slope * step).sum(-1).max() < CONVERGED:
+            there = (slope * step).sum(-1) < CONVERGED
+            if there.all():
                 break
-            z = _uphill(climb, z, value, step)
+            z = torch.where(there[:, None], z, _uphill(climb, z, value, step))
         value = climb(z)
     root = torch.linalg.solve_triangular(chol, spread.root.mT, upper=False).mT
     log_evidence = value - chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -148,6 +148,16 @@ def test_newton_steps_reach_a_reward_that_is_not_quadratic() -> None:
     assert errors[1] < 0.25 and errors[1] < 0.7 * errors[0]
 
 
+def test_a_plan_does_not_depend_on_its_company(problem: Problem) -> None:
+    """Newton's steps of one sample end where they would without the others, who need more of them."""
+    d, key = problem.denoiser, seeding.keys(2, 0, torch.arange(16))
+    options = {"reverse_variance": "analytic", "residual": d.residual}
+    options["guide"] = partial(guidance.corrected, evidence=Return(saturating), temperature=0.2)
+    all_of_them = ddpm(d, problem.schedule, d.known(16), key, None, steps=8, **options)  # type: ignore[arg-type]
+    one = ddpm(d, problem.schedule, d.known(1), key[3:4], None, steps=8, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(one[0], all_of_them[3], rtol=1e-9, atol=1e-9)
+
+
 def test_convex_evidence_gives_finite_samples(problem: Problem) -> None:
     """A bump's flanks and a convex reward have no Gaussian approximation: precision is kept positive."""
     d = problem.denoiser
