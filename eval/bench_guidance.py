@@ -264,7 +264,8 @@ class Row:
     kl: float
     mean_error: float
     n: int = 0
-    bias: float = 0.0
+    bias: float = 0.0  # of the KL of n samples' moments, already taken off
+    kl_se: float = 0.0
     effective: float | None = None
     log_evidence_error: float | None = None
     log_evidence_se: float | None = None
@@ -278,7 +279,7 @@ def sampled(task: Task, x: Tensor) -> Row:
     half = (n - torch.arange(1, d + 1, dtype=F64)) / 2
     bias = 0.5 * (d / n + d * math.log((n - 1) / 2) - float(torch.digamma(half).sum()))
     kl, error = task.distance(x.mean(0), x.T.cov())
-    return Row(kl - bias, error, n, bias)
+    return Row(kl - bias, error, n, bias, math.sqrt(d * (d + 3)) / (2 * n))  # the rest is chi-square, nearly
 
 
 class Counted:
@@ -453,13 +454,13 @@ def bundles(n: int) -> dict[str, float]:
 
 
 def show(title: str, rows: dict[str, Row]) -> None:
-    head = f"{'KL':>9}{'mean err':>9}{'ESS':>7}{'log-evidence':>16}{'evals':>8}{'ms':>8}{'n':>7}{'bias':>7}"
+    head = f"{'KL':>9}{'± se':>7}{'mean err':>9}{'ESS':>7}{'log-evidence':>16}{'evals':>8}{'ms':>8}{'n':>7}{'bias':>7}"
     print(f"\n{title:<34}{head}")
     for name, row in rows.items():
         ess = "" if row.effective is None else f"{row.effective:.1f}"
         worth = "" if row.log_evidence_error is None else f"{row.log_evidence_error:+.3f}±{row.log_evidence_se:.3f}"
         counts = f"{row.evaluations:>8.0f}{row.milliseconds:>8.2f}{row.n:>7}{row.bias:>7.3f}"
-        print(f"{name:<34}{row.kl:>9.4f}{row.mean_error:>9.3f}{ess:>7}{worth:>16}{counts}", flush=True)
+        print(f"{name:<34}{row.kl:>9.4f}{row.kl_se:>7.3f}{row.mean_error:>9.3f}{ess:>7}{worth:>16}{counts}", flush=True)
 
 
 def results(steps: int = 6000, folder: Path | None = None) -> dict[str, Any]:
