@@ -1,8 +1,9 @@
 """Guided plans of hopper against a brute-force reweighting of unguided ones: `python eval/bench_guidance_hopper.py`.
 
 No closed form exists here. For each of some states of the data, many unguided plans weighted by exp(evidence) stand for
-the posterior; every guide is compared with them: predicted return, means of all planned numbers, log-evidence. Then
-plans are played in the simulator from the very state, and the actor that collected the data goes on to the end.
+the posterior; every guide is compared with them: evidence, means of all planned numbers, log-evidence, and the return
+that the value network predicts. Then plans are played in the simulator from the very state, and the actor that
+collected the data goes on to the end.
 Prints a table for people and, as its last line, one JSON object. It collects hopper-medium and trains
 guide-hopper-medium, and a value network for its denoiser, where `--runs` does not hold them yet.
 """
@@ -103,15 +104,27 @@ def sample(guide: Guide, obs: np.ndarray, key: Tensor, c: PlannerConfig, tempera
         parts.append(draw(inner._replace(denoise=denoise), some, keys, c, temperature))
     seconds = time.perf_counter() - began
     x, weight = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "log_weight"))
-    evidence = None if parts[0].log_evidence is None else torch.cat([p.log_evidence for p in parts])  # type: ignore[misc]
+    evidence = None
+    if parts[0].log_evidence is not None:
+        each_draw = torch.cat([p.log_evidence for p in parts]).view(STATES, each)  # type: ignore[misc]
+        evidence = each_draw.logsumexp(1) - math.log(each)
     if c.candidates > 1:
         x, weight = x[torch.arange(len(x)), weight.argmax(1)][:, None], weight[:, :1] * 0
     x, weight = (part.reshape(STATES, -1, *part.shape[2:]) for part in (x, weight))
     return Sample(x, weight.double().log_softmax(1), evidence, seconds, calls)
 
 
+class Reference(NamedTuple):
+    """Unguided plans, their evidence [STATES, BRUTE] and what it adds up to, [STATES]."""
+
+    sample: Sample
+    value: Tensor
+    log_evidence: Tensor
+    temperature: float
+
+
 def worth(guide: Guide, x: Tensor, temperature: float) -> Tensor:
-    """log E[exp(R / temperature) | x_0] of plans [STATES, n, R, D], nats."""
+    """What a guide says of plans [STATES, n, R, D], nats."""
     flat = x.flatten(0, 1)
     with torch.no_grad():
         parts = [guide.log_evidence(part, torch.zeros(len(part)).long(), temperature) for part in flat.split(1024)]
@@ -159,10 +172,11 @@ def main() -> None:
     value = worth(evidence, brute.x, temperature)
     log_evidence = value.logsumexp(1) - math.log(BRUTE)
     brute = brute._replace(log_weight=value.log_softmax(1))
-    rows = {"reweighted: the reference": measure(evidence, obs, brute, brute, temperature, log_evidence)}
+    reference = Reference(brute, value, log_evidence, temperature)
+    rows = {"reweighted: the reference": measure(by_kind, obs, brute, reference)}
     for name, (kind, changes) in METHODS.items():
         drawn = sample(by_kind[kind], obs, key, _with(base, **changes), temperature, SAMPLES)
-        rows[name] = measure(evidence, obs, drawn, brute, temperature, log_evidence)
+        rows[name] = measure(by_kind, obs, drawn, reference)
         print(f"{name:34}" + "  ".join(f"{k} {v:.3g}" for k, v in rows[name].items() if v is not None), flush=True)
     facts = {"temperature": temperature, "kl_budget": base.kl_budget, "states": STATES, "samples": SAMPLES}
     facts |= {"brute_force": BRUTE, "discount": evidence.needs.discount}
@@ -174,22 +188,21 @@ def _with(planner: PlannerConfig, **changes: Any) -> PlannerConfig:
     return dataclasses.replace(planner, **{"candidates": 1, "particles": 1, **changes})
 
 
-def measure(
-    guide: Guide, obs: np.ndarray, drawn: Sample, brute: Sample, temperature: float, log_evidence: Tensor
-) -> dict[str, float | None]:
+def measure(by_kind: dict[str, Guide], obs: np.ndarray, drawn: Sample, to: Reference) -> dict[str, float | None]:
     """A method's figures; standard errors are over states."""
-    weight, theirs = drawn.log_weight.exp(), brute.log_weight.exp()
-    predicted = temperature * (weight * worth(guide, drawn.x, temperature)).sum(1)
-    reference = temperature * (theirs * worth(guide, brute.x, temperature)).sum(1)
-    played = realised(guide, obs, drawn).mean(1)
-    error = None if drawn.log_evidence is None else (drawn.log_evidence - log_evidence).numpy()
+    weight = drawn.log_weight.exp()
+    nats = (weight * worth(by_kind["evidence"], drawn.x, to.temperature)).sum(1)
+    gap = nats - (to.sample.log_weight.exp() * to.value).sum(1)
+    predicted = (weight * worth(by_kind["value"], drawn.x, 1.0)).sum(1)
+    played = realised(by_kind["evidence"], obs, drawn).mean(1)
+    error = None if drawn.log_evidence is None else (drawn.log_evidence - to.log_evidence).numpy()
     return {
-        "predicted_return": float(predicted.mean()),
-        "minus_reference": float((predicted - reference).mean()),
-        "minus_reference_se": float((predicted - reference).std() / math.sqrt(STATES)),
-        "mean_error_sds": mean_error(guide, drawn, brute),
+        "evidence_minus_reference_nats": float(gap.mean()),
+        "evidence_minus_reference_se": float(gap.std() / math.sqrt(STATES)),
+        "mean_error_sds": mean_error(by_kind["evidence"], drawn, to.sample),
         "log_evidence_error": None if error is None else float(error.mean()),
         "log_evidence_error_se": None if error is None else float(error.std() / math.sqrt(STATES)),
+        "predicted_return": float(predicted.mean()),
         "realised_return": float(played.mean()),
         "realised_return_se": float(played.std(ddof=1) / math.sqrt(STATES)),
         "effective_samples": float((1 / weight.square().sum(1)).mean()),
@@ -216,11 +229,13 @@ def mean_error(guide: Guide, drawn: Sample, brute: Sample) -> float:
 
 
 def table(rows: dict[str, dict[str, float | None]]) -> None:
-    print(f"\n{'method':34}{'predicted − reference':>24}{'mean error, sds':>18}{'realised return':>20}{'ms':>8}")
+    head = ("evidence − reference, nats", "mean error, sds", "predicted", "realised", "ms")
+    print(f"\n{'method':34}{head[0]:>28}{head[1]:>18}{head[2]:>12}{head[3]:>16}{head[4]:>8}")
     for name, row in rows.items():
-        gap = f"{row['minus_reference']:+.2f} ± {row['minus_reference_se']:.2f}"
-        played = f"{row['realised_return']:.1f} ± {row['realised_return_se']:.1f}"
-        print(f"{name:34}{gap:>24}{row['mean_error_sds']:>18.3f}{played:>20}{row['milliseconds_per_plan']:>8.1f}")
+        gap = f"{row['evidence_minus_reference_nats']:+.2f} ± {row['evidence_minus_reference_se']:.2f}"
+        played = f"{row['realised_return']:.0f} ± {row['realised_return_se']:.0f}"
+        figures = f"{row['mean_error_sds']:>18.3f}{row['predicted_return']:>12.1f}{played:>16}"
+        print(f"{name:34}{gap:>28}{figures}{row['milliseconds_per_plan']:>8.1f}")
 
 
 if __name__ == "__main__":

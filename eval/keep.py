@@ -1,4 +1,4 @@
-"""Keep a benchmark's result: `make bench-exactness | python eval/keep.py "make bench-exactness" eval/results/NAME.json`.
+"""Keep the result of a benchmark: `make BENCH | python eval/keep.py "make BENCH" eval/results/BENCH.json`.
 
 Passes on what it reads, and writes its last line, a JSON object, with the command, the date and the versions.
 """
