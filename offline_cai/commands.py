@@ -315,7 +315,8 @@ def evaluate(
         policy = algorithm.policy(seed=protocol.seed)
         label = "planner" if isinstance(policy, Planner) else exp.algorithm
         policies: dict[str, Callable[[], Policy]] = {label: lambda: policy}
-        policies |= _references(protocol, exp, algorithm, policy)
+        tracker = policy.tracker if isinstance(policy, Planner) else Tracker()
+        policies |= reference_policies(protocol, exp.dataset, tracker, algorithm.needs.stride)
         results = evaluation.evaluate(protocol, policies, algorithm.spec, quiet)
         data = {
             "protocol": config.to_dict(protocol),
@@ -351,19 +352,20 @@ def _even(result: evaluation.Result) -> bool:
     return len({len(episode.obs) for episode in result.episodes}) == 1
 
 
-def _references(
-    protocol: evaluation.Protocol, exp: Experiment, algorithm: Algorithm, policy: Policy
+def reference_policies(
+    protocol: evaluation.Protocol, dataset: str | None, tracker: Tracker, stride: int
 ) -> dict[str, Callable[[], Policy]]:
+    """The protocol's references by name: those that need data take them from `dataset`, if there is one."""
     if not protocol.references:
         return {}
     env = protocol.make()
     setting = references.Setting(
         spec=env_spec(env),
         maze=Maze.of(env) if hasattr(env.unwrapped, "maze") else None,
-        data=catalogue.trajectories(exp.data),
-        behaviour=collecting.controller_arguments(catalogue.note(exp.data)),
-        tracker=policy.tracker if isinstance(policy, Planner) else Tracker(),
-        stride=algorithm.needs.stride,
+        data=None if dataset is None else catalogue.trajectories(dataset),
+        behaviour={} if dataset is None else collecting.controller_arguments(catalogue.note(dataset)),
+        tracker=tracker,
+        stride=stride,
         seed=protocol.seed,
     )
     env.close()
@@ -372,8 +374,8 @@ def _references(
 
 
 def _paired(ours: evaluation.Result, other: evaluation.Result) -> dict[str, float | None]:
-    """Mean difference of normalised scores on the same starts, and its standard error."""
-    difference = ours.normalised - other.normalised
+    """Mean difference of scores on the same starts, and its standard error."""
+    difference = ours.scores - other.scores
     se = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else None
     return {"mean": float(difference.mean()), "se": se}
 

@@ -66,8 +66,8 @@ def score_line(data: Mapping[str, Any]) -> str:
     """The line that `make demo` ends with."""
     shown = [name for name in data["results"] if name != "controller without noise"]
     scores = [f"{name} {plus_minus(data['results'][name])}" for name in shown]
-    count = data["results"][data["policy"]]["n"]
-    return f"score: {' · '.join(scores)} (D4RL normalised, {count} episodes)"
+    unit = "raw returns: no references to normalise with" if data["protocol"]["score"] is None else "D4RL normalised"
+    return f"score: {' · '.join(scores)} ({unit}, {data['results'][data['policy']]['n']} episodes)"
 
 
 def _json(path: Path, *keys: str) -> Any:
@@ -111,16 +111,20 @@ def _scores(run: Path) -> str:
                 name,
                 plus_minus(r),
                 f"{r['iqm']:.1f} [{r['low']:.1f}, {r['high']:.1f}]",
-                f"{min(r['normalised']):.1f}",
+                f"{min(r['normalised'] or r['returns']):.1f}",
                 f"{np.mean(r['returns']):.1f}",
                 plus_minus(paired, "+") if paired else "",
             ]
         )
     head = ["policy", "mean ± SE", "interquartile mean [95 %]", "worst", "raw return", f"{data['policy']} − it, paired"]
     protocol = data["protocol"]
+    unit = (
+        "Scores are raw returns: there are no references to normalise them with."
+        if protocol["score"] is None
+        else f"Scores are D4RL normalised ({protocol['score']}: 0 is its random, 100 its expert reference, and no ceiling)."
+    )
     note = (
-        f"Scores are D4RL normalised ({protocol['score']}: 0 is its random, 100 its expert reference, and no ceiling). "
-        f"{protocol['episodes']} episodes in {protocol['environment']}, {json.dumps(protocol['kwargs'])}, "
+        f"{unit} {protocol['episodes']} episodes in {protocol['environment']}, {json.dumps(protocol['kwargs'])}, "
         f"{json.dumps(protocol['options'])}, seed {protocol['seed']}; every policy starts from the same states, so the "
         "last column compares start by start."
     )

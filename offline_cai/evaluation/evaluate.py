@@ -28,8 +28,8 @@ class Protocol:
     """Name of the protocol."""
     environment: str
     """Gymnasium id, version included."""
-    score: str
-    """D4RL task whose reference returns normalise the score."""
+    score: str | None = None
+    """D4RL task whose reference returns normalise the score; null: there are none, and scores are raw returns."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of gymnasium.make."""
     wrapper: str | None = None
@@ -67,16 +67,22 @@ class Result:
     """One policy under one protocol: an entry per episode, in the order of environments."""
 
     returns: np.ndarray
-    normalised: np.ndarray
+    normalised: np.ndarray | None  # None: the protocol has no references to normalise with
     seconds: float
     episodes: list[Episode]
 
     @property
+    def scores(self) -> np.ndarray:
+        """What is compared: normalised scores, or returns where there are no references."""
+        return self.returns if self.normalised is None else self.normalised
+
+    @property
     def summary(self) -> Summary:
-        return summarise(self.normalised)
+        return summarise(self.scores)
 
     def to_json(self) -> dict[str, Any]:
-        numbers = {"returns": self.returns.tolist(), "normalised": self.normalised.tolist(), "seconds": self.seconds}
+        normalised = None if self.normalised is None else self.normalised.tolist()
+        numbers = {"returns": self.returns.tolist(), "normalised": normalised, "seconds": self.seconds}
         return {**asdict(self.summary), **numbers}
 
 
@@ -94,7 +100,7 @@ def evaluate(
     Raises:
         UserError: the environment is not what the policies were `trained_on`, or its episodes have no end.
     """
-    low, high = scores.reference(protocol.score)
+    reference = None if protocol.score is None else scores.reference(protocol.score)
     envs = Environments(protocol.make, protocol.environments)
     spec, about = envs.spec, envs.envs[0].spec
     limit = about.max_episode_steps if about else None
@@ -114,7 +120,7 @@ def evaluate(
 
                 episodes = rollout(envs, spec, build(), protocol.seed, episodes=share, progress=advance)
             returns = np.array([episode.reward.sum() for episode in episodes])
-            normalised = scores.normalised(returns, low, high)
+            normalised = None if reference is None else scores.normalised(returns, *reference)
             results[name] = Result(returns, normalised, time.monotonic() - began, episodes)
     finally:
         envs.close()

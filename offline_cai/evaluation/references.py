@@ -17,12 +17,12 @@ from offline_cai.planning.tracking import Tracker
 
 
 class Setting(NamedTuple):
-    """What references are made from: the protocol's maze if it has one, the data, the arguments of the maze controller
-    that collected them (empty: its defaults), the planner's tracker."""
+    """What references are made from: the protocol's maze and the data, if there are any, the arguments of the maze
+    controller that collected them (empty: its defaults), the planner's tracker."""
 
     spec: Spec
     maze: Maze | None
-    data: Trajectories
+    data: Trajectories | None
     behaviour: Mapping[str, Any]
     tracker: Tracker
     stride: int
@@ -52,6 +52,8 @@ def controller_without_noise(s: Setting) -> Policy:
 def occupancy_path(s: Setting) -> Policy:
     """The shortest path over the data's occupancy grid, followed by the planner's own tracker and gains."""
     _maze(s, "occupancy path")
+    if s.data is None:
+        raise UserError("the occupancy path needs a dataset, and this experiment has none.")
     if s.spec.dt is None:
         raise UserError("the occupancy path needs the simulator's seconds per step, and it does not tell them.")
     states = np.asarray(s.data.obs[:, s.data.spec.columns("observation")])

@@ -37,7 +37,7 @@ class Practice:
         return cls(evaluation.protocol(experiment.protocol), algorithm, c.evaluate_episodes)
 
     def __call__(self, weights: Mapping[str, Tensor], interrupt: Interrupt) -> dict[str, float]:
-        """The mean normalised score and the mean return.
+        """The mean score (normalised if the protocol has references, otherwise the return) and the mean return.
 
         Raises:
             Abandoned: it was asked to stop.
@@ -50,4 +50,4 @@ class Practice:
         self._algorithm.load_state_dict(dict(weights))
         policy = self._algorithm.policy(seed=self._protocol.seed)
         result = evaluation.evaluate(self._protocol, {"": lambda: policy}, self._algorithm.spec, True, check)[""]
-        return {"score": float(result.normalised.mean()), "return": float(result.returns.mean())}
+        return {"score": float(result.scores.mean()), "return": float(result.returns.mean())}
