@@ -24,6 +24,7 @@ The main job, step by step; each command works on the output of the one before:
   offline-cai plan RUN                            plans for new starts and goals, and a picture
   offline-cai evaluate RUN                        scores in the simulator, beside references
   offline-cai report RUN                          one HTML page about the run
+  offline-cai scoreboard RECIPE                   many runs, evaluated, in one table
 
 or all of it at once: offline-cai demo
 """
@@ -219,6 +220,27 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate.add_argument("--json", action="store_true", help="print the results as one JSON object")
     _writes(evaluate, "RUN/evaluation")
 
+    scoreboard = add(
+        "scoreboard",
+        _scoreboard,
+        """\
+        Train and evaluate algorithms on datasets over seeds, and make a table of it.
+
+        RECIPE is a file, or a name in eval/scoreboards/. Each cell (an algorithm, a task, a seed) becomes one JSON file
+        with its scores, CPU minutes, versions and the commands that make it alone; then table.md and the pictures are
+        written. What is there is not made again: the same command goes on after an interruption, makes again what
+        failed or what the recipe now asks for differently, and several such processes share the cells.
+        """,
+    )
+    scoreboard.add_argument("recipe", metavar="RECIPE")
+    scoreboard.add_argument("--output", type=Path, help="folder of the results (default: runs/scoreboard/NAME/results)")
+    scoreboard.add_argument("--runs", type=Path, help="folder of the trained runs (default: runs/scoreboard/NAME)")
+    scoreboard.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="cells to make, such as 'BC/hopper-*/0'"
+    )
+    scoreboard.add_argument("--list", action="store_true", help="show what there is and what is left, and stop")
+    scoreboard.add_argument("--table", type=Path, metavar="FILE", help="also write the table between FILE's marks")
+
     report = add(
         "report",
         _report,
@@ -413,6 +435,24 @@ def _evaluate(args: argparse.Namespace, flags: dict[str, str]) -> None:
     for name, r in data["results"].items():
         print(f"{name:26} {report.plus_minus(r):>14}   IQM {r['iqm']:.1f} [{r['low']:.1f}, {r['high']:.1f}]")
     print(f"{report.score_line(data)}\nnext: offline-cai report {data['run']}")
+
+
+def _scoreboard(args: argparse.Namespace, flags: dict[str, str]) -> int:
+    from offline_cai import scoreboard
+
+    recipe = scoreboard.load(args.recipe)
+    runs = args.runs or Path("runs/scoreboard") / recipe.name
+    output = args.output or Path("runs/scoreboard") / recipe.name / "results"
+    cells = scoreboard.cells(recipe, args.recipe, runs)
+    chosen = scoreboard.chosen(cells, args.only)
+    if args.list:
+        print(scoreboard.status(chosen, output))
+        return 0
+    failed = scoreboard.run(recipe, chosen, output, args.quiet)
+    print(scoreboard.write(recipe, cells, output, args.table), end="")
+    if failed:
+        raise UserError(f"{failed} of the cells failed (see above): mend what they name, and run the same command.")
+    return 0
 
 
 def _report(args: argparse.Namespace, flags: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from offline_cai import behaviours, config, provenance, seeding
 from offline_cai.core import Episode
-from offline_cai.data import minari, scores
+from offline_cai.data import minari
 from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.rollout import rollout
 from offline_cai.environments.vector import Environments
@@ -242,7 +242,7 @@ def collect(recipe: Recipe, quiet: bool = False) -> Path:
             [episode for part in done for episode in part.episodes],
             env,
             eval_env,
-            scores.reference(evaluation.score) if evaluation else None,
+            evaluation.reference if evaluation else None,
             {"recipe": config.to_dict(recipe), "fingerprint": recipe.fingerprint, "seconds": seconds},
             algorithm_name="; ".join(behaviour.name for _, behaviour in recipe.behaviours),
             author="offline_cai",

@@ -21,7 +21,7 @@ import yaml
 from offline_cai.errors import UserError, did_you_mean
 
 T = TypeVar("T")
-Kind = Literal["configs", "datasets", "eval", "datasets/actors"]
+Kind = Literal["configs", "datasets", "eval", "datasets/actors", "eval/scoreboards"]
 
 
 def build(cls: type[T], data: Any, where: str) -> T:

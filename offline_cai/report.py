@@ -121,7 +121,7 @@ def _scores(run: Path) -> str:
     unit = (
         "Scores are raw returns: there are no references to normalise them with."
         if protocol["score"] is None
-        else f"Scores are D4RL normalised ({protocol['score']}: 0 is its random, 100 its expert reference, and no ceiling)."
+        else f"Scores are D4RL normalised ({protocol['score']}: 0 is its random, 100 its expert reference, no ceiling)."
     )
     note = (
         f"{unit} {protocol['episodes']} episodes in {protocol['environment']}, {json.dumps(protocol['kwargs'])}, "

@@ -8,7 +8,7 @@ import pytest
 
 from offline_cai import cli
 
-COMMANDS = ["collect", "data", "train", "plan", "evaluate", "report", "demo"]
+COMMANDS = ["collect", "data", "train", "plan", "evaluate", "scoreboard", "report", "demo"]
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:

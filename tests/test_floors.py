@@ -14,7 +14,7 @@ FLOORS = [
     {"algorithms"},
     {"evaluation"},
     {"training"},
-    {"behaviours", "collect", "commands", "data_commands", "report", "cli", "__main__"},
+    {"behaviours", "collect", "commands", "data_commands", "report", "scoreboard", "cli", "__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

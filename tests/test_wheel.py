@@ -33,7 +33,7 @@ def test_it_holds_the_package_and_its_recipes_and_nothing_else(wheel: Path) -> N
     for path in (REPOSITORY / "offline_cai").rglob("*"):
         if path.suffix in (".py", ".json", ".typed"):
             assert str(path.relative_to(REPOSITORY)) in held
-    for kind in ("configs", "datasets", "eval"):
+    for kind in ("configs", "datasets", "eval", "eval/scoreboards"):
         for path in (REPOSITORY / kind).glob("*.yaml"):
             assert f"offline_cai/recipes/{kind}/{path.name}" in held
     for path in (REPOSITORY / "datasets" / "actors").iterdir():

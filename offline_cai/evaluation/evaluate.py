@@ -52,6 +52,11 @@ class Protocol:
                 "that each environment runs the same number and short episodes are not favoured."
             )
 
+    @property
+    def reference(self) -> tuple[float, float] | None:
+        """The returns that score 0 and 100; None: there are none."""
+        return None if self.score is None else scores.reference(self.score)
+
     def make(self) -> gym.Env:
         return make(self.environment, self.kwargs, self.wrapper, **self.options)
 
@@ -100,7 +105,7 @@ def evaluate(
     Raises:
         UserError: the environment is not what the policies were `trained_on`, or its episodes have no end.
     """
-    reference = None if protocol.score is None else scores.reference(protocol.score)
+    reference = protocol.reference
     envs = Environments(protocol.make, protocol.environments)
     spec, about = envs.spec, envs.envs[0].spec
     limit = about.max_episode_steps if about else None

@@ -96,6 +96,57 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     return figure
 
 
+def scores(tasks: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Figure:
+    """One panel per task: a dot for each seed of each label, a bar at their mean; what is not trained is a line."""
+    columns = min(len(tasks), 4)
+    figure, axes = pyplot.subplots(
+        -(-len(tasks) // columns), columns, figsize=(3.4 * columns, 2.6 * -(-len(tasks) // columns)), squeeze=False
+    )
+    for panel in axes.flat[len(tasks) :]:
+        panel.axis("off")
+    for panel, task in zip(axes.flat, tasks, strict=False):
+        own = [r for r in records if r["task"] == task]
+        labels = list(dict.fromkeys(r["label"] for r in own if r["seed"] is not None))
+        for place, label in enumerate(labels):
+            means = [r["mean"] for r in own if r["label"] == label]
+            panel.plot([place] * len(means), means, "o", color=ACCENT, markersize=4, alpha=0.6)
+            panel.plot([place - 0.25, place + 0.25], [np.mean(means)] * 2, color=INK, linewidth=1.6)
+        for number, r in enumerate(r for r in own if r["seed"] is None):
+            panel.axhline(
+                r["mean"], color=INK, linewidth=0.8, linestyle=["--", ":", "-."][number % 3], label=r["label"]
+            )
+        panel.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
+        panel.set_title(task, fontsize=9, color=INK)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def learning(tasks: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Figure:
+    """One panel per task: scores while training, the mean over the seeds of each label between lowest and highest."""
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.8 * len(tasks), 2.8), squeeze=False)
+    for panel, task in zip(axes.flat, tasks, strict=True):
+        own = [r for r in records if r["task"] == task]
+        gathered = all("environment_steps" in row for r in own for row in r["curve"])
+        for label in dict.fromkeys(r["label"] for r in own):
+            curves = [{row["step"]: row for row in r["curve"]} for r in own if r["label"] == label]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            at = [curves[0][step]["environment_steps" if gathered else "step"] for step in steps]
+            values = np.array([[curve[step]["score"] for step in steps] for curve in curves])
+            line = panel.plot(at, values.mean(0), linewidth=1.4, label=f"{label} ({len(curves)})")[0]
+            panel.fill_between(at, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        panel.set_title(task, fontsize=9, color=INK)
+        panel.set_xlabel("environment steps" if gathered else "optimiser steps", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=7, frameon=False, title="label (seeds)", title_fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
 def animation(path: Path, maze: Maze, trace: np.ndarray, goal: np.ndarray | None, seconds: float = 4.0) -> None:
     """A GIF of the rows [steps, R, 2] of one plan while it is denoised, noise first; the last frame stays a while."""
     frames = []
