@@ -427,13 +427,18 @@ def _plan(args: argparse.Namespace, flags: dict[str, str]) -> None:
 
 def _evaluate(args: argparse.Namespace, flags: dict[str, str]) -> None:
     from offline_cai import commands, report
+    from offline_cai.evaluation.statistics import caution
 
     data = commands.evaluate(args.folder, args.protocol, flags, args.output, args.overwrite, args.quiet or args.json)
     if args.json:
         print(json.dumps(data))
         return
     for name, r in data["results"].items():
-        print(f"{name:26} {report.plus_minus(r):>14}   IQM {r['iqm']:.1f} [{r['low']:.1f}, {r['high']:.1f}]")
+        difference = data["paired"].get(name)
+        beside = f"   paired {report.plus_minus(difference, '+')}" if difference else ""
+        print(f"{name:26} {report.plus_minus(r):>14}   IQM {r['iqm']:.1f} [{r['low']:.1f}, {r['high']:.1f}]{beside}")
+    if word := caution(data["results"][data["policy"]]["n"]):
+        print(word)
     print(f"{report.score_line(data)}\nnext: offline-cai report {data['run']}")
 
 

@@ -31,6 +31,7 @@ from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation import evaluate as evaluation
 from offline_cai.evaluation import plots, references
+from offline_cai.evaluation.statistics import paired
 from offline_cai.files import read_json, write_text
 from offline_cai.inference.smc import effective_sample_size
 from offline_cai.planning.planner import Planner
@@ -322,7 +323,11 @@ def evaluate(
             "protocol": config.to_dict(protocol),
             "policy": label,
             "results": {key: result.to_json() for key, result in results.items()},
-            "paired": {key: _paired(results[label], result) for key, result in results.items() if key != label},
+            "paired": {
+                key: asdict(paired(results[label].scores, result.scores))
+                for key, result in results.items()
+                if key != label
+            },
             "planner": _explain(policy, algorithm),
             "checkpoint": run.checkpoint.name,
             "versions": versions(),
@@ -371,13 +376,6 @@ def reference_policies(
     env.close()
     found = {name: references.find(name) for name in protocol.references}
     return {name: lambda make=make: make(setting) for name, make in found.items()}  # type: ignore[misc]
-
-
-def _paired(ours: evaluation.Result, other: evaluation.Result) -> dict[str, float | None]:
-    """Mean difference of scores on the same starts, and its standard error."""
-    difference = ours.scores - other.scores
-    se = float(difference.std(ddof=1) / np.sqrt(len(difference))) if len(difference) > 1 else None
-    return {"mean": float(difference.mean()), "se": se}
 
 
 def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:

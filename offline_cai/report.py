@@ -12,6 +12,7 @@ import numpy as np
 from offline_cai import config
 from offline_cai.errors import UserError
 from offline_cai.evaluation import plots
+from offline_cai.evaluation.statistics import caution
 from offline_cai.files import read_json, write_text
 from offline_cai.training import trackers
 
@@ -126,7 +127,7 @@ def _scores(run: Path) -> str:
     note = (
         f"{unit} {protocol['episodes']} episodes in {protocol['environment']}, {json.dumps(protocol['kwargs'])}, "
         f"{json.dumps(protocol['options'])}, seed {protocol['seed']}; every policy starts from the same states, so the "
-        "last column compares start by start."
+        "last column compares start by start. " + caution(protocol["episodes"])
     )
     parts = [f"<h2>Score</h2><p class=score>{html.escape(score_line(data))}</p>", _table(rows, head)]
     parts.append(f"<p class=note>{html.escape(note)}</p>")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from offline_cai.evaluation import plots
+from offline_cai.evaluation import plots, statistics
 
 Record = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ def table(tasks: Collection[str], labels: Sequence[str], records: Sequence[Recor
         columns = [_entry([r for r in own if r["task"] == task]) for task in tasks]
         spent = sum(sum(r["cpu_minutes"].values()) for r in own if not r["error"])
         lines.append(f"| {label} | " + " | ".join(columns) + f" | {spent:.1f} |")
-    lines += ["", _legend(done, bool(raw))]
+    lines += ["", _legend(done, bool(raw)), *_over_tasks(tasks, labels, done)]
     lines += ["", *(f"- {r['cell']} failed: {r['error']}" for r in records if r["error"])]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -53,6 +53,51 @@ def _entry(records: Sequence[Record]) -> str:
     return f"{means.mean():.1f} ± {spread}{mark} ({runs})" + (f", {note}" if note else "")
 
 
+def shared(tasks: Collection[str], labels: Sequence[str], done: Sequence[Record]) -> dict[str, dict[str, np.ndarray]]:
+    """By trained label and task the mean scores of its seeds, on the normalised tasks that all these labels have."""
+    trained = [r for r in done if r["kind"] == "trained" and r["protocol"]["score"] is not None]
+    names = [label for label in labels if any(r["label"] == label for r in trained)]
+    found = {
+        label: {t: np.array([r["mean"] for r in trained if (r["label"], r["task"]) == (label, t)]) for t in tasks}
+        for label in names
+    }
+    common = [task for task in tasks if found and all(len(scores[task]) for scores in found.values())]
+    return {label: {task: scores[task] for task in common} for label, scores in found.items()}
+
+
+def _over_tasks(tasks: Collection[str], labels: Sequence[str], done: Sequence[Record]) -> list[str]:
+    """What is trained, over the tasks that all of it has; nothing where that is fewer than two labels or tasks."""
+    strata = shared(tasks, labels, done)
+    common = list(next(iter(strata.values()), {}))
+    if len(strata) < 2 or len(common) < 2:
+        return []
+    first = next(iter(strata))
+    lines = [
+        f"Over {', '.join(common)}:",
+        "",
+        f"| | IQM [95 %] | P(better than {first}) [95 %] | runs |",
+        "|---|---|---|---|",
+    ]
+    for label, scores in strata.items():
+        iqm = statistics.interquartile_mean(list(scores.values()))
+        better = statistics.probability_of_improvement(list(scores.values()), list(strata[first].values()))
+        beside = "" if label == first else f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]"
+        lines.append(f"| {label} | {iqm.value:.1f} [{iqm.low:.1f}, {iqm.high:.1f}] | {beside} | {iqm.n} |")
+    fewest = min(len(scores) for own in strata.values() for scores in own.values())
+    lines += ["", f"One score per run; bootstrapped over the seeds of each task. {_few_seeds(fewest)}".rstrip()]
+    return ["", *lines]
+
+
+def _few_seeds(fewest: int) -> str:
+    """What an interval over tasks is worth; measured in `tests/evaluation/test_statistics.py`."""
+    if fewest == 1:
+        return "A task with one seed adds nothing to a width: these intervals are too narrow."
+    worth = {2: 70, 3: 85, 4: 88, 5: 90}.get(fewest)
+    if worth is None:
+        return ""
+    return f"With {fewest} seeds a task, intervals that say 95 % hold the truth about {worth} % of the time."
+
+
 def _legend(done: Sequence[Record], raw: bool) -> str:
     seeds = sorted({r["seed"] for r in done if r["seed"] is not None})
     starts = sorted({r["protocol"]["seed"] for r in done if "seed" in r["protocol"]})
@@ -66,11 +111,14 @@ def _legend(done: Sequence[Record], raw: bool) -> str:
 
 
 def pictures(tasks: Sequence[str], records: Sequence[Record]) -> dict[str, bytes]:
-    """scores.png, and curves.png if there were evaluations while training."""
+    """scores.png; curves.png if there were evaluations while training; profile.png over several tasks."""
     done = [r for r in records if not r["error"]]
     found = {"scores.png": plots.png(plots.scores(tasks, done))} if done else {}
     curves = [r for r in done if r.get("curve")]
     if curves:
         names = [task for task in tasks if any(r["task"] == task for r in curves)]
         found["curves.png"] = plots.png(plots.learning(names, curves))
+    strata = shared(tasks, list(dict.fromkeys(r["label"] for r in done)), done)
+    if len(strata) > 1 and len(next(iter(strata.values()))) > 1:
+        found["profile.png"] = plots.png(plots.profile({k: list(v.values()) for k, v in strata.items()}))
     return found

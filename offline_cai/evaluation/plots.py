@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 
 from offline_cai.environments.maze2d import Maze
+from offline_cai.evaluation.statistics import performance_profile
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -143,6 +144,22 @@ def learning(tasks: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Figu
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=7, frameon=False, title="label (seeds)", title_fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def profile(strata: Mapping[str, Sequence[np.ndarray]]) -> Figure:
+    """For each label the share of its runs that score above a threshold, averaged over tasks."""
+    every = np.concatenate([scores for tasks in strata.values() for scores in tasks])
+    thresholds = np.linspace(min(0.0, every.min()), every.max() + 1, 200)
+    figure, panel = pyplot.subplots(figsize=(4.6, 3.0))
+    for label, tasks in strata.items():
+        panel.plot(thresholds, performance_profile(tasks, thresholds), linewidth=1.5, label=label)
+    panel.set_xlabel("score", fontsize=8)
+    panel.set_ylabel("share of runs above it", fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     return figure
 
