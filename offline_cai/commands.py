@@ -311,7 +311,8 @@ def evaluate(
     name = name or exp.protocol
     if name is None:
         raise UserError(f"{run.folder / 'config.yaml'} names no protocol: choose one with --protocol, of eval/.")
-    protocol = evaluation.protocol(name, {key: value for key, value in flags.items() if key not in planner})
+    of_protocol = {key: value for key, value in flags.items() if key not in planner}
+    protocol = evaluation.protocol(name, of_protocol).on(exp.dataset)
     with new_folder(output or run.folder / "evaluation", overwrite, EVALUATION_FILES) as folder:
         policy = algorithm.policy(seed=protocol.seed)
         label = "planner" if isinstance(policy, Planner) else exp.algorithm
@@ -321,6 +322,7 @@ def evaluate(
         results = evaluation.evaluate(protocol, policies, algorithm.spec, quiet)
         data = {
             "protocol": config.to_dict(protocol),
+            "mismatch": protocol.mismatch,
             "policy": label,
             "results": {key: result.to_json() for key, result in results.items()},
             "paired": {

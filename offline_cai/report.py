@@ -67,7 +67,10 @@ def score_line(data: Mapping[str, Any]) -> str:
     """The line that `make demo` ends with."""
     shown = [name for name in data["results"] if name != "controller without noise"]
     scores = [f"{name} {plus_minus(data['results'][name])}" for name in shown]
-    unit = "raw returns: no references to normalise with" if data["protocol"]["score"] is None else "D4RL normalised"
+    score = data["protocol"]["score"]
+    unit = "D4RL normalised" if isinstance(score, str) else "normalised"
+    if score is None:
+        unit = "raw returns: no references to normalise with"
     return f"score: {' · '.join(scores)} ({unit}, {data['results'][data['policy']]['n']} episodes)"
 
 
@@ -119,15 +122,17 @@ def _scores(run: Path) -> str:
         )
     head = ["policy", "mean ± SE", "interquartile mean [95 %]", "worst", "raw return", f"{data['policy']} − it, paired"]
     protocol = data["protocol"]
-    unit = (
-        "Scores are raw returns: there are no references to normalise them with."
-        if protocol["score"] is None
-        else f"Scores are D4RL normalised ({protocol['score']}: 0 is its random, 100 its expert reference, no ceiling)."
-    )
+    score = protocol["score"]
+    unit = "Scores are raw returns: there are no references to normalise them with."
+    if isinstance(score, str):
+        unit = f"Scores are D4RL normalised ({score}: 0 is its random, 100 its expert reference, no ceiling)."
+    elif score is not None:
+        unit = f"Scores are normalised: 0 and 100 are returns of {score[0]:g} and {score[1]:g}."
     note = (
         f"{unit} {protocol['episodes']} episodes in {protocol['environment']}, {json.dumps(protocol['kwargs'])}, "
         f"{json.dumps(protocol['options'])}, seed {protocol['seed']}; every policy starts from the same states, so the "
-        "last column compares start by start. " + caution(protocol["episodes"])
+        "last column compares start by start. "
+        f"{data.get('mismatch') or ''} {caution(protocol['episodes'])}"
     )
     parts = [f"<h2>Score</h2><p class=score>{html.escape(score_line(data))}</p>", _table(rows, head)]
     parts.append(f"<p class=note>{html.escape(note)}</p>")

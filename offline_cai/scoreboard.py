@@ -328,7 +328,7 @@ def _counted(path: Path, name: str) -> Iterator[None]:
 
 def _reference(task: Task, label: str, quiet: bool) -> dict[str, Any]:
     began = time.process_time()
-    protocol = replace(evaluation.protocol(task.protocol, task.flags), references=(label,))
+    protocol = replace(evaluation.protocol(task.protocol, task.flags), references=(label,)).on(task.dataset)
     env = protocol.make()
     spec = env_spec(env)
     env.close()
@@ -347,11 +347,12 @@ def _result(protocol: Mapping[str, Any], result: Mapping[str, Any], minutes: Map
 def _own_score(task: Task) -> dict[str, Any]:
     """The returns of all episodes of the dataset, those included that its end or its making cut."""
     assert task.dataset is not None
-    protocol = evaluation.protocol(task.protocol)
+    protocol = evaluation.protocol(task.protocol).on(task.dataset)
     returns = catalogue.trajectories(task.dataset).returns
     if protocol.reference is not None:
         returns = scores.normalised(returns, *protocol.reference)
-    about = {"protocol": {"name": protocol.name, "score": protocol.score}, "dataset": task.dataset}
+    score = {"name": protocol.name, "environment": protocol.environment, "score": protocol.score}
+    about = {"protocol": score, "dataset": task.dataset}
     return {**about, **asdict(summarise(returns)), "cpu_minutes": {"train": 0.0, "evaluate": 0.0}}
 
 

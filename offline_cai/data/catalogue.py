@@ -1,6 +1,7 @@
 """One name for a dataset, whatever its kind: a Minari id, a D4RL name, or the path of a D4RL file or of own arrays."""
 
 import io
+import json
 import math
 import tempfile
 import warnings
@@ -100,6 +101,36 @@ def environment(name: str) -> tuple[str, Mapping[str, Any]] | None:
     """Gymnasium id and arguments of the environment that a dataset was collected in, if it names one."""
     spec = minari.load(name).spec.env_spec if kind(name) == "minari" else None
     return None if spec is None else (spec.id, spec.kwargs)
+
+
+class Simulator(NamedTuple):
+    """A Gymnasium id with the arguments of `gymnasium.make`, and the wrappers around it by class and arguments."""
+
+    environment: str
+    kwargs: dict[str, Any]
+    wrappers: list[tuple[str, dict[str, Any]]]
+
+
+def evaluation_environment(name: str) -> Simulator | None:
+    """What Minari's `recover_environment(eval_env=True)` would make: the environment to evaluate in, or to collect in.
+
+    None if the dataset names none. Only the names in it are taken: code that it points to is not run.
+
+    Raises:
+        UserError: the dataset's metadata are damaged.
+    """
+    about = minari.load(name).storage.metadata if kind(name) == "minari" else {}
+    text = about.get("eval_env_spec") or about.get("env_spec")
+    if text is None:
+        return None
+    try:
+        spec = json.loads(text)
+        limit = spec["max_episode_steps"]
+        kwargs = {**spec["kwargs"], **({} if limit is None else {"max_episode_steps": limit})}
+        wrappers = [(wrapper["name"], dict(wrapper["kwargs"] or {})) for wrapper in spec["additional_wrappers"]]
+        return Simulator(spec["id"], kwargs, wrappers)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name!r}: its evaluation environment cannot be read ({error}): mend its metadata.") from None
 
 
 def reference(name: str) -> tuple[float, float] | None:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ from offline_cai.errors import UserError, did_you_mean
 from offline_cai.spaces import spec_of
 
 WRAPPERS: Mapping[str, Callable[..., gym.Env]] = {"maze2d": Maze2DProtocol}
+
+PACKAGES: Mapping[str, tuple[str, str]] = {
+    "ALE/": ("ale-py", "ale_py"),
+    "MiniGrid-": ("minigrid", "minigrid"),
+    "BabyAI-": ("minigrid", "minigrid"),
+    "Meta-World/": ("metaworld", "metaworld"),
+    "dm_control/": ("shimmy[dm-control]", "shimmy"),
+    "highway-": ("highway-env", "highway_env"),
+}
+"""By the beginning of an id: the package that brings such environments, and its module, which registers them."""
 
 
 def register() -> None:
@@ -36,9 +47,12 @@ def make(
         raise UserError(f"there is no environment wrapper {wrapper!r}; {did_you_mean(wrapper, WRAPPERS)}")
     try:
         env = gym.make(environment, disable_env_checker=True, **(kwargs or {}))
-    except (gym.error.UnregisteredEnv, gym.error.NameNotFound, gym.error.DependencyNotInstalled, ImportError) as error:
-        near = did_you_mean(environment, gym.registry)
-        raise UserError(f"cannot make the environment {environment!r}: {error} Among those registered {near}") from None
+    except gym.error.UnregisteredEnv:
+        raise UserError(f"Gymnasium knows no environment {environment!r}: {_where(environment)}") from None
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        raise UserError(
+            f"the environment {environment!r} needs what is not installed: {_missing(environment, error)}"
+        ) from None
     except (gym.error.Error, TypeError, ValueError, AssertionError) as error:
         text = " ".join(str(error).split())
         raise UserError(f"cannot make the environment {environment!r} with {dict(kwargs or {})}: {text}") from None
@@ -52,6 +66,25 @@ def make(
     except (TypeError, ValueError, IndexError) as error:
         env.close()
         raise UserError(f"the wrapper {wrapper!r} does not take {options}: {error}") from None
+
+
+def _where(environment: str) -> str:
+    """Where an unknown id may come from."""
+    for prefix, (package, module) in PACKAGES.items():
+        if environment.startswith(prefix):
+            return f"pip install {package}, and write {module}:{environment}."
+    near = did_you_mean(environment, gym.registry)
+    if near.startswith("did you mean"):
+        return near
+    return "install the package that brings it, and write the package's module before it, as in ale_py:ALE/Pong-v5."
+
+
+def _missing(environment: str, error: Exception) -> str:
+    module, colon, _ = environment.partition(":")
+    if colon and find_spec(module) is None:
+        return f"the package of the module {module!r} (pip install {module})."
+    text = " ".join(" ".join(map(str, arg)) if isinstance(arg, tuple) else str(arg) for arg in error.args)
+    return f"{text.rstrip('.')}."
 
 
 def env_spec(env: gym.Env) -> Spec:

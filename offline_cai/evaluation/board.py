@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from offline_cai.data import scores
 from offline_cai.evaluation import plots, statistics
 
 Record = Mapping[str, Any]
@@ -61,8 +62,8 @@ def shared(tasks: Collection[str], labels: Sequence[str], done: Sequence[Record]
         label: {t: np.array([r["mean"] for r in trained if (r["label"], r["task"]) == (label, t)]) for t in tasks}
         for label in names
     }
-    common = [task for task in tasks if found and all(len(scores[task]) for scores in found.values())]
-    return {label: {task: scores[task] for task in common} for label, scores in found.items()}
+    common = [task for task in tasks if found and all(len(own[task]) for own in found.values())]
+    return {label: {task: own[task] for task in common} for label, own in found.items()}
 
 
 def _over_tasks(tasks: Collection[str], labels: Sequence[str], done: Sequence[Record]) -> list[str]:
@@ -78,12 +79,12 @@ def _over_tasks(tasks: Collection[str], labels: Sequence[str], done: Sequence[Re
         f"| | IQM [95 %] | P(better than {first}) [95 %] | runs |",
         "|---|---|---|---|",
     ]
-    for label, scores in strata.items():
-        iqm = statistics.interquartile_mean(list(scores.values()))
-        better = statistics.probability_of_improvement(list(scores.values()), list(strata[first].values()))
+    for label, own in strata.items():
+        iqm = statistics.interquartile_mean(list(own.values()))
+        better = statistics.probability_of_improvement(list(own.values()), list(strata[first].values()))
         beside = "" if label == first else f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]"
         lines.append(f"| {label} | {iqm.value:.1f} [{iqm.low:.1f}, {iqm.high:.1f}] | {beside} | {iqm.n} |")
-    fewest = min(len(scores) for own in strata.values() for scores in own.values())
+    fewest = min(len(seeds) for own in strata.values() for seeds in own.values())
     lines += ["", f"One score per run; bootstrapped over the seeds of each task. {_few_seeds(fewest)}".rstrip()]
     return ["", *lines]
 
@@ -101,12 +102,14 @@ def _few_seeds(fewest: int) -> str:
 def _legend(done: Sequence[Record], raw: bool) -> str:
     seeds = sorted({r["seed"] for r in done if r["seed"] is not None})
     starts = sorted({r["protocol"]["seed"] for r in done if "seed" in r["protocol"]})
-    text = "D4RL normalised scores" + (", raw returns where it says so" if raw else "")
+    text = "Normalised scores" + (", raw returns where it says so" if raw else "")
+    warned = {scores.mismatch(r["protocol"]["score"], r["protocol"]["environment"]) for r in done}
     return (
         f"{text}: mean over training seeds ± its standard error (seeds × episodes each). † one seed: ± is over its "
         "episodes, and says nothing about other seeds; so it is for what is not trained. Two or three seeds make a "
         f"rough error. Training seeds: {', '.join(map(str, seeds)) or 'none'}; evaluation seed: "
         f"{', '.join(map(str, starts)) or 'none'}, the same starts for all. CPU minutes: of all runs in the row."
+        + "".join(f" {warning}" for warning in sorted(filter(None, warned)))
     )
 
 

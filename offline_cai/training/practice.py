@@ -34,7 +34,8 @@ class Practice:
         c = experiment.training
         if c.evaluate_every is None or experiment.protocol is None:
             return None
-        return cls(evaluation.protocol(experiment.protocol), algorithm, c.evaluate_episodes)
+        protocol = evaluation.protocol(experiment.protocol).on(experiment.dataset)
+        return cls(protocol, algorithm, c.evaluate_episodes)
 
     def __call__(self, weights: Mapping[str, Tensor], interrupt: Interrupt) -> dict[str, float]:
         """The mean score (normalised if the protocol has references, otherwise the return) and the mean return.

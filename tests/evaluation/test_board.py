@@ -18,7 +18,7 @@ def records() -> list[dict]:  # type: ignore[type-arg]
             "mean": mean,
             "se": 1.0,
             "n": 20,
-            "protocol": {"score": None if task == "raw" else "t", "seed": 1000},
+            "protocol": {"score": None if task == "raw" else "t", "seed": 1000, "environment": "E-v1"},
             "cpu_minutes": {"train": 2.0, "evaluate": 0.5},
             "error": None,
         }

@@ -5,11 +5,11 @@ import pytest
 
 from offline_cai import config
 from offline_cai.core import Spec
-from offline_cai.data import minari
+from offline_cai.data import catalogue, minari
 from offline_cai.environments.behaviour import RandomPolicy
 from offline_cai.environments.make import env_spec
 from offline_cai.environments.maze2d import Maze
-from offline_cai.errors import UserError
+from offline_cai.errors import Notice, UserError
 from offline_cai.evaluation import references
 from offline_cai.evaluation.evaluate import Protocol, evaluate, protocol
 from offline_cai.planning.planner import Planner
@@ -56,8 +56,8 @@ def test_quotas_have_to_be_even(debug: Protocol, episodes: int) -> None:
 
 
 @pytest.mark.parametrize("name", config.names("eval"))
-def test_shipped_protocols_make_their_environments(name: str) -> None:
-    p = protocol(name)
+def test_shipped_protocols_make_their_environments(name: str, dataset: str) -> None:
+    p = protocol(name).on(dataset)
     env = p.make()
     assert env.reset(seed=0)
     assert all(references.find(r) for r in p.references)
@@ -88,3 +88,61 @@ def test_locomotion_needs_no_maze_and_its_references_say_so(dataset: str) -> Non
     for name in ("controller", "controller without noise", "occupancy path"):
         with pytest.raises(UserError, match=f"the reference '{name}' needs a maze, .* leave it out"):
             references.find(name)(setting)
+
+
+def test_without_references_scores_are_raw_returns() -> None:
+    pendulum = dataclasses.replace(protocol("pendulum"), episodes=2, environments=2)
+    spec = env_spec(pendulum.make())
+    result = evaluate(pendulum, {"random": lambda: RandomPolicy(spec, 0)}, spec, quiet=True)["random"]
+    assert result.normalised is None and np.array_equal(result.scores, result.returns) and result.returns.max() < 0
+    assert result.to_json()["normalised"] is None and result.summary.mean == result.returns.mean()
+    scaled = dataclasses.replace(pendulum, score=(-2000.0, 0.0))
+    result = evaluate(scaled, {"random": lambda: RandomPolicy(spec, 0)}, spec, quiet=True)["random"]
+    assert np.allclose(result.scores, 100 * (result.returns + 2000) / 2000)
+    with pytest.raises(UserError, match="are no scale"):
+        dataclasses.replace(pendulum, score=(1.0, 1.0))
+    flagged = protocol("pendulum", {"score": "[-1500, 0]"})
+    assert flagged.reference == (-1500, 0) and protocol("pendulum", {"score": "hopper-medium-v2"}).reference
+
+
+def test_choices_are_evaluated_as_boxes_are() -> None:
+    cartpole = dataclasses.replace(protocol("cartpole"), episodes=4, environments=2)
+    spec = env_spec(cartpole.make())
+    result = evaluate(cartpole, {"random": lambda: RandomPolicy(spec, 0)}, spec, quiet=True)["random"]
+    assert all(set(np.unique(e.action)) <= {0, 1} for e in result.episodes)
+    assert result.returns.tolist() == [len(e.reward) for e in result.episodes] and result.returns.min() > 5
+
+
+def test_references_of_another_environment_are_a_warning() -> None:
+    for name in ("walker2d", "ant"):
+        p = dataclasses.replace(protocol(name), episodes=1, environments=1, kwargs={"max_episode_steps": 1})
+        spec = env_spec(p.make())
+        with pytest.warns(Notice, match="is another task than the .* of D4RL's references"):
+            evaluate(p, {"random": lambda spec=spec: RandomPolicy(spec, 0)}, spec, quiet=True)
+    for name in ("walker2d-v4", "hopper", "hopper-v4", "halfcheetah", "maze2d-umaze", "adroit-door", "pendulum"):
+        assert protocol(name).mismatch is None
+    assert protocol("pendulum", {"environment": "Walker2d-v5"}).mismatch is None, "raw returns claim nothing"
+
+
+def test_a_dataset_s_own_evaluation_environment(debug: Protocol, dataset: str) -> None:
+    """The one that its recipe named: the same environment, wrapper and references as that protocol has."""
+    own = protocol("dataset", {"episodes": "4", "environments": "2"}).on(dataset)
+    theirs = minari.load(dataset).recover_environment(eval_env=True)
+    ours = own.make()
+    assert np.array_equal(ours.reset(seed=3)[0]["observation"], theirs.reset(seed=3)[0]["observation"])
+    assert type(ours) is type(theirs) and own.wrapper == "maze2d" and own.options == {"goal": [1, 1], "radius": 0.5}
+    assert ours.spec and ours.spec.max_episode_steps == 40 and own.reference == pytest.approx(debug.reference)
+    spec = env_spec(ours)
+    results = [evaluate(p, {"a": lambda: RandomPolicy(spec, 0)}, spec, quiet=True)["a"] for p in (own, debug)]
+    assert np.array_equal(results[0].scores, results[1].scores)
+    with pytest.raises(UserError, match="there is no dataset to evaluate in"):
+        protocol("dataset").on(None)
+    with pytest.raises(UserError, match="names no environment to evaluate in"):
+        protocol("dataset").on("own.npz")
+
+
+def test_a_wrapper_that_is_not_ours_is_not_run(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = catalogue.Simulator("Pendulum-v1", {}, [("TimeMachine", {})])
+    monkeypatch.setattr(catalogue, "evaluation_environment", lambda name: foreign)
+    with pytest.raises(UserError, match="is evaluated in Pendulum-v1 with TimeMachine, which cannot be made"):
+        protocol("dataset").on(dataset)
