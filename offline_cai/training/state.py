@@ -48,7 +48,7 @@ class TrainingState:
         self.parameters: dict[str, list[Tensor]] = {}
         named = dict(algorithm.named_parameters())
         for phase, prefixes in algorithm.needs.groups.items():
-            self.parameters[phase] = [p for name, p in named.items() if name.startswith(prefixes)]
+            self.parameters[phase] = [p for name, p in named.items() if name.startswith(prefixes) and p.requires_grad]
             optimiser = torch.optim.AdamW(
                 self.parameters[phase], lr=training.rate(phase), weight_decay=training.weight_decay, fused=True
             )
