@@ -269,7 +269,8 @@ class Needs:
     `groups` names the parameter groups by phase: each value holds prefixes of parameter names, and "" is all of them.
     `padding` says whether a window may run past the end of its episode. `source` is where batches come from: a fixed
     dataset, a replay that the algorithm's exploration fills, or whole rollouts of its latest weights. `one_process` is
-    for what cannot be shared between processes: the loop then refuses more than one.
+    for what cannot be shared between processes: the loop then refuses more than one. `weigh` gives weights [E] of whole
+    episodes for their undiscounted returns [E], and windows of a dataset are drawn accordingly; None: all alike.
     """
 
     horizon: int = 1
@@ -279,6 +280,7 @@ class Needs:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"all": ("",)})
     source: Literal["offline", "replay", "rollout"] = "offline"
     one_process: bool = False
+    weigh: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 class Step(Protocol):

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from offline_cai import seeding
 from offline_cai.core import Algorithm, Batch, Source, SourceState
-from offline_cai.data.sampling import Sampler
+from offline_cai.data.sampling import Sampler, Weighted
 from offline_cai.data.trajectories import Trajectories, digests
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
@@ -33,7 +33,8 @@ def build(
         if data is None:
             raise UserError(f"{experiment.algorithm} learns from a dataset: name one with dataset.")
         windows = Windows(data, needs.horizon, needs.stride, needs.discount, needs.padding)
-        return OfflineSource(windows, size, seed, share.rank, share.processes, digest)
+        sampler = windows if needs.weigh is None else Weighted(windows, needs.weigh(data.returns))
+        return OfflineSource(sampler, size, seed, share.rank, share.processes, digest)
     if experiment.environment is None:
         raise UserError(f"{experiment.algorithm} gathers its data itself: name an environment with environment.id.")
     kind = ReplaySource if needs.source == "replay" else RolloutSource
