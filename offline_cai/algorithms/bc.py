@@ -1,20 +1,21 @@
-"""Behaviour cloning: the behaviour prior as a deterministic actor, mean squared error on the data's actions.
+"""Behaviour cloning: the behaviour prior itself, by regression on the data's actions or by likelihood.
 
-A tanh actor on normalised observations; the last iterate of BC jumps unless the learning rate decays to almost nothing,
-so train it with a cosine schedule.
+With its defaults the actor is deterministic, tanh of a perceptron on normalised observations. The last iterate of BC
+jumps unless the learning rate decays to almost nothing, so train it with a cosine schedule. A run of `family: squashed`
+or `gaussian` has the actor that online algorithms have, which can start from it (`start_from`).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from offline_cai.core import Algorithm, Batch, Chunks, Loss, Needs, Spec
-from offline_cai.data.codec import Normaliser, NormaliserKind
+from offline_cai.core import Batch, Discrete, Loss, Needs, Spec
+from offline_cai.data.codec import NormaliserKind
 from offline_cai.errors import UserError
-from offline_cai.networks.mlp import mlp
+from offline_cai.policies.acting import ActorAlgorithm
+from offline_cai.policies.networks import Actor
+
+WIDTH = 0.1
+"""Standard deviation that the samples of a deterministic actor have; what it acts by is their mean."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class BCConfig:
 
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
+    family: Literal["deterministic", "gaussian", "squashed"] = "deterministic"
+    """Of continuous actions: deterministic (squared error), or by likelihood a Gaussian (mean in the bounds, one
+    standard deviation for each component) or a squashed one (both by state; actions at the very bounds weigh much)."""
     normaliser: NormaliserKind = "gaussian"
     """gaussian (unit variance), limits (the range to [-1, 1]), quantile (flat on [-1, 1]) or none."""
 
@@ -31,46 +35,25 @@ class BCConfig:
             raise UserError(f"hidden is {self.hidden}; layers have at least one unit.")
 
 
-class BC(Algorithm):
+class BC(ActorAlgorithm):
     Config = BCConfig
     config: BCConfig
 
     def __init__(self, spec: Spec, config: BCConfig) -> None:
-        super().__init__(spec, config)
-        self.normaliser = Normaliser(spec.obs_width, config.normaliser)
-        self.actor = mlp(spec.obs_width, config.hidden, len(spec.box.low))
+        super().__init__(spec, config, config.normaliser)
+        if config.family == "deterministic":
+            self.actor = Actor(spec, config.hidden, "gaussian", std=WIDTH)
+        else:
+            self.actor = Actor(spec, config.hidden, config.family)
 
     @property
     def needs(self) -> Needs:
         return Needs()
 
-    def fit(self, chunks: Chunks) -> None:
-        self.normaliser.fit(chunk.obs for chunk in chunks())
-
-    def act(self, obs: Tensor) -> Tensor:
-        """Actions [B, A] in [-1, 1] for raw observations [B, O]."""
-        return torch.tanh(self.actor(self.normaliser.encode(obs)))
-
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
         step = batch.transition
-        error = (self.act(step.obs) - self.spec.to_unit(step.action[:, 0])) ** 2
-        return Loss({"loss": error.sum()}, error.numel())
-
-    def policy(self, seed: int = 0, **options: Any) -> "BCPolicy":
-        return BCPolicy(self)
-
-
-class BCPolicy:
-    """Acts by the actor alone; it remembers nothing and draws nothing."""
-
-    def __init__(self, algorithm: BC) -> None:
-        self._algorithm = algorithm
-
-    def reset(self, done: np.ndarray | None = None) -> None:
-        pass
-
-    @torch.no_grad()
-    def act(self, obs: np.ndarray) -> tuple[np.ndarray, None]:
-        device = self._algorithm.normaliser.shift.device
-        unit = self._algorithm.act(torch.as_tensor(obs, dtype=torch.float32, device=device))
-        return self._algorithm.spec.to_raw(unit).cpu().numpy(), None
+        pi, action = self.actor(self.normaliser.encode(step.obs)), self.spec.to_unit(step.action[:, 0])
+        if self.config.family == "deterministic" and not isinstance(self.spec.action, Discrete):
+            error = (pi.mode - action) ** 2
+            return Loss({"loss": error.sum()}, error.numel())
+        return Loss({"loss": -pi.log_prob(action).sum()}, len(action))
