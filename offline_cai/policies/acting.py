@@ -42,6 +42,24 @@ class ActorAlgorithm(Algorithm):
         return ActorPolicy(self.spec, self.pi, seed, stochastic)
 
 
+class OfflineActorAlgorithm(ActorAlgorithm):
+    """One that learns values from data, in units of the data's returns.
+
+    A network of values gives z, and the value is mean + spread · z, by the data's discounted returns-to-go. So it
+    begins at the mean return: a critic that bootstraps from zero needs thousands of updates to come near it.
+    """
+
+    returns: Normaliser
+
+    def __init__(self, spec: Spec, config: Any, normaliser: NormaliserKind) -> None:
+        super().__init__(spec, config, normaliser)
+        self.returns = Normaliser(1, "gaussian")
+
+    def fit(self, chunks: Chunks) -> None:
+        super().fit(chunks)
+        self.returns.fit(chunk.returns[:, None] for chunk in chunks(self.needs.discount))
+
+
 class ActorPolicy:
     """A `Policy` that acts by the mode of a distribution, or by samples of it.
 

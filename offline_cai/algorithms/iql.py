@@ -1,0 +1,122 @@
+"""Implicit Q-learning: the behaviour prior, tilted by a value that is never asked about actions out of the data.
+
+Kostrikov, Nair and Levine 2021 (arXiv 2110.06169). V is an expectile of Q over the data's actions, Q bootstraps from V,
+and the actor is AWR's projection with A = Q - V. As in CORL the Gaussian is not squashed, and weights end at 100.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from offline_cai.core import Batch, Chunks, Loss, Needs, Spec, Step
+from offline_cai.data.codec import NormaliserKind
+from offline_cai.errors import UserError
+from offline_cai.policies import dial
+from offline_cai.policies.acting import OfflineActorAlgorithm
+from offline_cai.policies.dial import Temperature
+from offline_cai.policies.networks import Actor, Critic, Value, follow, slow
+from offline_cai.policies.projection import Projection
+
+
+@dataclass(frozen=True)
+class IQLConfig:
+    """Values, critics and actor."""
+
+    hidden: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers of all networks."""
+    expectile: float = 0.7
+    """Of Q over the data's actions: 0.5 is their mean, towards 1 their maximum."""
+    temperature: Temperature = "auto"
+    """Reward per nat in the actor's weights (the paper's 1 / beta); auto: found so that `kl_budget` is met."""
+    kl_budget: float | None = None
+    """Nats between the weighted data and the data; null with temperature auto: 0.5."""
+    clip: float | None = 100.0
+    """The largest weight; null: none."""
+    family: Literal["gaussian", "squashed"] = "gaussian"
+    """The actor's, where actions are continuous."""
+    discount: float = 0.99
+    """Per step."""
+    tau: float = 0.005
+    """Share of the way that target critics move at each update."""
+    normaliser: NormaliserKind = "gaussian"
+    """Of observations."""
+
+    def __post_init__(self) -> None:
+        dial.check(self.temperature, self.kl_budget)
+        if not 0 < self.expectile < 1:
+            raise UserError(f"expectile is {self.expectile}; it has to be between 0 and 1.")
+        if not 0 <= self.discount < 1 or not 0 < self.tau <= 1:
+            raise UserError("discount has to be in [0, 1), tau in (0, 1].")
+
+
+class IQL(OfflineActorAlgorithm):
+    Config = IQLConfig
+    config: IQLConfig
+
+    def __init__(self, spec: Spec, config: IQLConfig) -> None:
+        super().__init__(spec, config, config.normaliser)
+        self.actor = Actor(spec, config.hidden, config.family)
+        self.value = Value(spec, config.hidden)
+        self.critic = Critic(spec, config.hidden, count=2)
+        self.target = slow(self.critic)
+        self.projection = Projection(config.temperature, config.kl_budget, config.clip)
+
+    @property
+    def needs(self) -> Needs:
+        actor = ("actor.", "projection.dial.")
+        return Needs(
+            discount=self.config.discount, groups={"value": ("value.",), "critic": ("critic.",), "actor": actor}
+        )
+
+    def fit(self, chunks: Chunks) -> None:
+        super().fit(chunks)
+        self.projection.begin(self.returns.scale[0])
+
+    def forward(self, batch: Batch, phase: str = "all") -> Loss:
+        return {"value": self._value, "critic": self._critic, "actor": self._actor}[phase](batch)
+
+    def _value(self, batch: Batch) -> Loss:
+        """The expectile of the target critics' minimum (equation 5)."""
+        obs, action = self._now(batch)
+        with torch.no_grad():
+            q = self.target(obs, action).amin(0)
+        v = self.value(obs)
+        return Loss({"value_loss": expectile_loss(q - v, self.config.expectile).sum()}, len(obs))
+
+    def _critic(self, batch: Batch) -> Loss:
+        """Squared Bellman error with V of the next state (equation 6)."""
+        (obs, action), step = self._now(batch), batch.transition
+        with torch.no_grad():
+            value = self.returns.decode(self.value(self.normaliser.encode(step.next_obs)))
+            wanted = step.reward + self.config.discount * torch.where(step.terminal, 0.0, value)
+        q = self.critic(obs, action)
+        loss = 0.5 * (q - self.returns.encode(wanted)).square().sum()
+        return Loss({"critic_loss": loss}, len(obs), {"q": self.returns.decode(q.detach()).mean(0).sum()})
+
+    def _actor(self, batch: Batch) -> Loss:
+        """Weighted regression (equation 7)."""
+        obs, action = self._now(batch)
+        terms, metrics = self.projection.loss(self.actor(obs).log_prob(action), self.advantage(batch))
+        return Loss(terms, len(obs), metrics)
+
+    @torch.no_grad()
+    def advantage(self, batch: Batch) -> Tensor:
+        """Q - V [B] of the data's actions, in units of reward."""
+        obs, action = self._now(batch)
+        return self.returns.scale * (self.target(obs, action).amin(0) - self.value(obs))
+
+    def _now(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.normaliser.encode(batch.obs[:, 0]), self.spec.to_unit(batch.action[:, 0, 0])
+
+    def update(self, batch: Batch, step: Step) -> dict[str, float]:
+        metrics = step(batch, "value") | step(batch, "critic")
+        follow(self.target, self.critic, self.config.tau)
+        self.projection.measure(self.advantage(batch), step)
+        return metrics | step(batch, "actor")
+
+
+def expectile_loss(error: Tensor, expectile: float) -> Tensor:
+    """|expectile - 1(error < 0)| · error², elementwise; least where v of error = x - v is that expectile of x."""
+    return torch.where(error < 0, 1 - expectile, expectile) * error.square()
