@@ -188,11 +188,8 @@ class _Run:
             batch = self.source(step).to(self.accelerator.device)
         self.clock.move(self.source.seconds - before, "data", "environment")
         with self.clock("update"):
-            state.set_learning_rates(step)
             state.stop = bool(self.interrupt.asked)
-            values = state.algorithm.update(batch, state)
-            state.average()
-        return values
+            return state.iterate(step, batch)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """A row of metrics, if one is due, and the progress that people see."""

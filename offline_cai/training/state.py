@@ -85,6 +85,17 @@ class TrainingState:
         values |= norms | ({"skipped": self.skipped} if self.skipped else {})
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
+    def iterate(self, step: int, batch: Batch) -> dict[str, float]:
+        """All that is done with the batch that follows `step` steps: the algorithm's update, then the average.
+
+        Raises:
+            Diverged: as a step does.
+        """
+        self.set_learning_rates(step)
+        values = self.algorithm.update(batch, self)
+        self.average()
+        return values
+
     def _backward(self, batch: Batch, phase: str) -> tuple[list[str], Tensor]:
         """Leaves the gradient of the mean loss in the parameters; gives the names and sums of what there is to report.
 
