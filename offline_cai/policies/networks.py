@@ -75,6 +75,27 @@ class Value(nn.Module):
         return self.body(obs)[..., 0]
 
 
+class ScaledValue(Value):
+    """V(s) = scale · perceptron(s), so that the perceptron's targets are of order one in any unit of reward."""
+
+    scale: Tensor
+
+    def __init__(self, spec: Spec, hidden: Sequence[int]) -> None:
+        super().__init__(spec, hidden)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.scale * super().forward(obs)
+
+    @torch.no_grad()
+    def rescale(self, scale: Tensor) -> None:
+        """Another scale, if it is not zero, for the same function (PopArt: van Hasselt et al. 2016, proposition 1)."""
+        scale = torch.where(scale > 0, scale, self.scale)
+        for p in self.body[-1].parameters():
+            p.mul_(self.scale / scale)
+        self.scale.copy_(scale)
+
+
 def slow(module: M) -> M:
     """A copy without gradients, to be moved by `follow`."""
     return copy.deepcopy(module).requires_grad_(False)

@@ -106,7 +106,7 @@ class TrainingState:
         for part in batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]:
             with self.accelerator.autocast():
                 loss = self.module(part, phase)
-            unit = loss.entries if unit is None else unit
+            unit = max(loss.entries, 1) if unit is None else unit  # a part may have none
             self.accelerator.backward(sum(loss.terms.values()) / unit, inputs=self.parameters[phase])
             found = [*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)]
             like = self.parameters[phase][0]
