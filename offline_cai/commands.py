@@ -1,5 +1,6 @@
 """What the commands do: each works on the output of the one before, in one folder per run."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -319,7 +320,13 @@ def evaluate(
         policies: dict[str, Callable[[], Policy]] = {label: lambda: policy}
         tracker = policy.tracker if isinstance(policy, Planner) else Tracker()
         policies |= reference_policies(protocol, exp.dataset, tracker, algorithm.needs.stride)
-        results = evaluation.evaluate(protocol, policies, algorithm.spec, quiet)
+        kept = run.folder / ".evaluation" / _key(run, protocol, policies)
+        try:
+            results = evaluation.evaluate(protocol, policies, algorithm.spec, quiet, keep=kept)
+        except KeyboardInterrupt:
+            done = len(list(kept.glob("*.npz")))
+            again = "the same command goes on after them."
+            raise Interrupted(f"{done} of {len(policies)} policies are evaluated and kept: {again}") from None
         data = {
             "protocol": config.to_dict(protocol),
             "mismatch": protocol.mismatch,
@@ -339,8 +346,17 @@ def evaluate(
         arrays: dict[str, Any] = {key: value.astype(np.float32) for key, value in paths.items()}
         np.savez_compressed(folder / "paths.npz", **arrays)
         _draw_paths(folder / "paths.png", protocol, results)
+    shutil.rmtree(kept.parent, ignore_errors=True)
     note_stage(run.folder, "evaluate", time.monotonic() - began)
     return {**data, "run": str(run.folder)}
+
+
+def _key(run: Run, protocol: evaluation.Protocol, policies: Mapping[str, Any]) -> str:
+    """A hash of what is evaluated: the weights and settings, the protocol, and who is run."""
+    diffuser = diffuser_of(run.algorithm)
+    planner = None if diffuser is None else config.to_dict(diffuser.config.planner)
+    facts = [(run.checkpoint / "manifest.json").read_text(), config.to_dict(protocol), planner, list(policies)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 def _draw_paths(path: Path, protocol: evaluation.Protocol, results: Mapping[str, evaluation.Result]) -> None:
@@ -386,14 +402,14 @@ def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
         return {}
     c = diffuser.config
     rows = c.planner.rows or c.rows
+    milliseconds = 1000 * policy.seconds / max(policy.plans_made, 1)
     return {
         **config.to_dict(c.planner),
         "horizon in steps": rows * c.stride,
         "rows": rows,
         "stride": c.stride,
         "tracker": asdict(policy.tracker),
-        "plans": policy.plans_made,
-        "milliseconds per plan": 1000 * policy.seconds / max(policy.plans_made, 1),
+        **({"plans": policy.plans_made, "milliseconds per plan": milliseconds} if policy.plans_made else {}),
     }
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from offline_cai import commands, report
 from offline_cai.data import minari
 from offline_cai.data.cache import fingerprint
-from offline_cai.errors import UserError
+from offline_cai.errors import Interrupted, UserError
 from offline_cai.training import experiment
 
 
@@ -161,3 +162,30 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
         report.write(tmp_path)
     with pytest.raises(UserError, match=r"no config\.yaml"):
         commands.resumed(tmp_path, {})
+
+
+def test_an_interrupted_evaluation_goes_on_after_the_policies_that_are_finished(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run, tmp_path / "r")
+    flags = {"references": "[random, controller]", "episodes": "2"}
+    whole = commands.evaluate(tmp_path / "r", flags=flags, output=tmp_path / "whole", quiet=True)
+    real, made = commands.references.controller, []
+
+    def controller(setting: Any) -> Any:
+        made.append(setting)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        return real(setting)
+
+    monkeypatch.setitem(commands.references.REFERENCES, "controller", controller)  # type: ignore[arg-type]
+    with pytest.raises(
+        Interrupted, match="2 of 3 policies are evaluated and kept: the same command goes on after them"
+    ):
+        commands.evaluate(tmp_path / "r", flags=flags, quiet=True)
+    assert not (tmp_path / "r" / "evaluation").exists()
+    monkeypatch.setattr(commands.references, "random", None)
+    data = commands.evaluate(tmp_path / "r", flags=flags, quiet=True)
+    for name, result in whole["results"].items():
+        assert data["results"][name]["returns"] == result["returns"]
+    assert not (tmp_path / "r" / ".evaluation").exists() and "plans" not in data["planner"]

@@ -76,8 +76,14 @@ class Environments:
     def __init__(self, maker: Maker, count: int, workers: int = 0, timeout: float = 60.0, first: int = 0) -> None:
         if count < 1:
             raise UserError(f"{count} environments were asked for; at least one is needed.")
-        self.count, self.envs = count, list[gym.Env]()
+        self.count, self._maker, self._workers = count, maker, workers
         self._timeout, self._first, self.name = timeout, first, ""
+        self.restart()
+
+    def restart(self) -> None:
+        """Make all environments anew, in new workers: what to do after a fault, before `rebuild`."""
+        count, workers, maker = self.count, self._workers, self._maker
+        self.envs = list[gym.Env]()
         self._seeds: list[int | None] = [None] * count
         self._steps = [0] * count
         self._hosts: list[_Here | _Worker] = [_Worker(i, maker) for i in range(min(workers, count))] or [_Here(maker)]
@@ -110,7 +116,7 @@ class Environments:
         reward, terminated, truncated = (np.array(column) for column in zip(*results, strict=True))
         return Steps(self._obs.copy(), reward, terminated, truncated)
 
-    def rebuild(self, seeds: Sequence[int], actions: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def rebuild(self, seeds: Sequence[int], actions: Sequence[Iterable[np.ndarray]]) -> list[np.ndarray]:
         """Begin the episodes with these seeds [N] and take the actions [T_i, A]; the observations [T_i + 1, O] of each.
 
         This brings environments back to where they were: a simulator's whole state cannot be saved.

@@ -1,10 +1,15 @@
 """Evaluate policies in simulators under a protocol: the same episodes for each, a fixed quota per environment."""
 
+import hashlib
+import io
+import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -13,11 +18,12 @@ from tqdm import tqdm
 from offline_cai import config
 from offline_cai.core import Episode, Policy, Spec
 from offline_cai.data import catalogue, scores
-from offline_cai.environments.make import WRAPPERS, make
-from offline_cai.environments.rollout import rollout
+from offline_cai.environments.make import WRAPPERS, env_spec, make
+from offline_cai.environments.rollout import Care, rollout
 from offline_cai.environments.vector import Environments
 from offline_cai.errors import Notice, UserError
 from offline_cai.evaluation.statistics import Summary, summarise
+from offline_cai.files import write_bytes
 from offline_cai.spaces import require_same_spec
 
 
@@ -46,6 +52,12 @@ class Protocol:
     """Seed of the starts, apart from any seed of training or collection."""
     references: tuple[str, ...] = ()
     """Reference policies evaluated on the same starts."""
+    workers: int = 0
+    """Processes that the environments are shared out to; 0: they run in the evaluating process."""
+    timeout: float = 60.0
+    """Seconds that a step or a reset may take in a worker process before it counts as hung."""
+    episode_seconds: float | None = None
+    """Wall time that an episode may take before it is cut, which the results say; null: no limit."""
 
     def __post_init__(self) -> None:
         if self.episodes < 1 or self.environments < 1 or self.episodes % self.environments:
@@ -53,6 +65,8 @@ class Protocol:
                 f"episodes ({self.episodes}) has to be a positive multiple of environments ({self.environments}), so "
                 "that each environment runs the same number and short episodes are not favoured."
             )
+        if self.workers < 0 or not self.timeout > 0 or not (self.episode_seconds is None or self.episode_seconds > 0):
+            raise UserError("workers has to be at least 0, timeout and episode_seconds positive.")
         if isinstance(self.score, tuple) and not (np.isfinite(self.score).all() and self.score[0] != self.score[1]):
             raise UserError(
                 f"the returns {list(self.score)} are no scale: score takes two that differ, or a D4RL task."
@@ -121,6 +135,7 @@ class Result:
     normalised: np.ndarray | None  # None: the protocol has no references to normalise with
     seconds: float
     episodes: list[Episode]
+    care: Care  # the episodes that were cut or repeated
 
     @property
     def scores(self) -> np.ndarray:
@@ -134,7 +149,7 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         normalised = None if self.normalised is None else self.normalised.tolist()
         numbers = {"returns": self.returns.tolist(), "normalised": normalised, "seconds": self.seconds}
-        return {**asdict(self.summary), **numbers}
+        return {**asdict(self.summary), **numbers, "repeated": self.care.repeated, "cut": self.care.cut}
 
 
 def evaluate(
@@ -143,38 +158,140 @@ def evaluate(
     trained_on: Spec,
     quiet: bool = False,
     check: Callable[[int], Any] = lambda steps: None,
+    keep: Path | None = None,
 ) -> dict[str, Result]:
     """Run each policy on the protocol's episodes: episode j of environment i starts alike for all of them.
 
-    `check` is called with the number of new steps; it may raise to give up.
+    An episode is repeated once after a fault in its environment, and cut if it takes longer than the protocol allows;
+    either is a Notice, and in the result. `check` is called with the number of new steps; it may raise to give up.
+    In the folder `keep`, which has to be of this protocol and these policies alone, the results of policies that are
+    finished are kept, and taken from when the same evaluation is called for again.
 
     Raises:
-        UserError: the environment is not what the policies were `trained_on`, or its episodes have no end.
+        UserError: the environment is not what the policies were `trained_on`, its episodes have no end, or an
+            environment failed twice in one episode.
     """
     reference = protocol.reference
     if protocol.mismatch:
         warnings.warn(protocol.mismatch, Notice, stacklevel=2)
-    envs = Environments(protocol.make, protocol.environments)
-    spec, about = envs.spec, envs.envs[0].spec
-    limit = about.max_episode_steps if about else None
-    require_same_spec(trained_on, spec)
-    if limit is None or limit < 1:
-        raise UserError(f"{protocol.environment} has no limit of steps: give it one with kwargs.max_episode_steps.")
+    limit = _limit(protocol, trained_on)
     share, results = protocol.episodes // protocol.environments, {}
-    most = limit * protocol.episodes
+    envs = Environments(protocol.make, protocol.environments, protocol.workers, protocol.timeout)
     try:
         for name, build in policies.items():
-            began = time.monotonic()
-            with tqdm(total=most, desc=f"evaluate {name}", unit="step", disable=quiet, dynamic_ncols=True) as progress:
-
-                def advance(steps: int, bar: tqdm = progress) -> None:
-                    bar.update(steps)
-                    check(steps)
-
-                episodes = rollout(envs, spec, build(), protocol.seed, episodes=share, progress=advance)
-            returns = np.array([episode.reward.sum() for episode in episodes])
+            began, care, path = time.monotonic(), Care(protocol.episode_seconds), _path(keep, name)
+            kept = None if path is None else _read(path)
+            if kept is None:
+                with _Bar(name, limit * protocol.episodes, protocol, quiet, check) as bar:
+                    episodes = rollout(
+                        envs,
+                        envs.spec,
+                        build(),
+                        protocol.seed,
+                        episodes=share,
+                        progress=bar.advance,
+                        finished=bar.finished,
+                        care=care,
+                    )
+                kept = _Kept(episodes, care, time.monotonic() - began)
+                if path is not None:
+                    _write(path, kept)
+            for text in _said(name, kept.care, protocol):
+                warnings.warn(text, Notice, stacklevel=2)
+            returns = np.array([episode.reward.sum() for episode in kept.episodes])
             normalised = None if reference is None else scores.normalised(returns, *reference)
-            results[name] = Result(returns, normalised, time.monotonic() - began, episodes)
+            results[name] = Result(returns, normalised, kept.seconds, kept.episodes, kept.care)
     finally:
         envs.close()
     return results
+
+
+def _limit(protocol: Protocol, trained_on: Spec) -> int:
+    """The steps of an episode at most; a check of the environment before several are made."""
+    env = protocol.make()
+    limit = env.spec.max_episode_steps if env.spec else None
+    spec = env_spec(env)
+    env.close()
+    require_same_spec(trained_on, spec)
+    if limit is None or limit < 1:
+        raise UserError(f"{protocol.environment} has no limit of steps: give it one with kwargs.max_episode_steps.")
+    return limit
+
+
+def _said(name: str, care: Care, protocol: Protocol) -> Iterator[str]:
+    who = f"of {name!r}" if name else "of the evaluation"
+    for fault in care.repeated:
+        yield f"an episode {who} was repeated: {fault}"
+    if care.cut:
+        which = ", ".join(f"{number} of environment {i}" for i, number in care.cut[:3])
+        yield (
+            f"{len(care.cut)} of {protocol.episodes} episodes {who} were cut after {protocol.episode_seconds:g} s "
+            f"(episode {which}{', ...' if len(care.cut) > 3 else ''}): their returns are of what was done by then."
+        )
+
+
+class _Bar:
+    """Steps done, and the mean score of the episodes that are finished: early ones are short ones."""
+
+    def __init__(self, name: str, most: int, protocol: Protocol, quiet: bool, check: Callable[[int], Any]) -> None:
+        self._bar = tqdm(total=most, desc=f"evaluate {name}", unit="step", disable=quiet, dynamic_ncols=True)
+        self._reference, self._check, self._scores = protocol.reference, check, list[float]()
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def advance(self, steps: int) -> None:
+        self._bar.update(steps)
+        self._check(steps)
+
+    def finished(self, episode: Episode) -> None:
+        score = episode.reward.sum()
+        self._scores.append(float(score if self._reference is None else scores.normalised(score, *self._reference)))
+        self._bar.set_postfix_str(f"score {np.mean(self._scores):.1f} of {len(self._scores)} episodes", refresh=False)
+
+
+# What is kept of a policy that is finished ----------------------------------------------------------------------------
+
+
+class _Kept(NamedTuple):
+    episodes: list[Episode]
+    care: Care
+    seconds: float
+
+
+def _path(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
+
+
+def _write(path: Path, kept: _Kept) -> None:
+    obs, action, reward, terminal, _ = zip(*kept.episodes, strict=True)
+    facts = json.dumps({"seconds": kept.seconds, **asdict(kept.care)})
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        obs=np.concatenate(obs),
+        action=np.concatenate(action),
+        reward=np.concatenate(reward),
+        length=np.array([len(part) for part in reward]),
+        terminal=np.array(terminal),
+        facts=np.array(facts),
+    )
+    write_bytes(path, buffer.getvalue())
+
+
+def _read(path: Path) -> _Kept | None:
+    """None if nothing was kept, or nothing that can be read: then it is done again."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            ends = np.cumsum(data["length"])[:-1]
+            columns = (np.split(data["obs"], ends + np.arange(1, len(ends) + 1)), np.split(data["action"], ends))
+            rows = zip(*columns, np.split(data["reward"], ends), data["terminal"], strict=True)
+            facts = json.loads(str(data["facts"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    seconds = facts.pop("seconds")
+    cut = [(i, number) for i, number in facts.pop("cut")]
+    return _Kept([Episode(*row[:3], bool(row[3])) for row in rows], Care(**facts, cut=cut), seconds)

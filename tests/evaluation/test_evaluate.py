@@ -1,14 +1,17 @@
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from offline_cai import config
-from offline_cai.core import Spec
+from offline_cai.core import Episode, Spec
 from offline_cai.data import catalogue, minari
 from offline_cai.environments.behaviour import RandomPolicy
 from offline_cai.environments.make import env_spec
 from offline_cai.environments.maze2d import Maze
+from offline_cai.environments.rollout import Care
 from offline_cai.errors import Notice, UserError
 from offline_cai.evaluation import references
 from offline_cai.evaluation.evaluate import Protocol, evaluate, protocol
@@ -146,3 +149,63 @@ def test_a_wrapper_that_is_not_ours_is_not_run(dataset: str, monkeypatch: pytest
     monkeypatch.setattr(catalogue, "evaluation_environment", lambda name: foreign)
     with pytest.raises(UserError, match="is evaluated in Pendulum-v1 with TimeMachine, which cannot be made"):
         protocol("dataset").on(dataset)
+
+
+def test_workers_give_the_same_episodes(debug: Protocol, maze_spec: Spec) -> None:
+    here, there = (
+        evaluate(p, {"a": lambda: RandomPolicy(maze_spec, 0)}, maze_spec, quiet=True)["a"]
+        for p in (debug, dataclasses.replace(debug, workers=2))
+    )
+    assert np.array_equal(here.returns, there.returns)
+    assert all(np.array_equal(a.obs, b.obs) for a, b in zip(here.episodes, there.episodes, strict=True))
+    with pytest.raises(UserError, match="workers has to be at least 0"):
+        dataclasses.replace(debug, workers=-1)
+
+
+def test_what_was_repeated_and_cut_is_said_and_in_the_result(
+    debug: Protocol, maze_spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rollout(*args: Any, care: Care, **kwargs: Any) -> list[Episode]:
+        care.repeated.append("environment 1 in worker 0 died.")
+        care.cut.extend([(0, 1), (1, 0)])
+        return [Episode(np.zeros((2, 8)), np.zeros((1, 2)), np.ones(1), False)] * 4
+
+    monkeypatch.setattr("offline_cai.evaluation.evaluate.rollout", rollout)
+    p = dataclasses.replace(debug, episode_seconds=3.0)
+    with pytest.warns(Notice) as notices:
+        result = evaluate(p, {"a": lambda: RandomPolicy(maze_spec, 0)}, maze_spec, quiet=True)["a"]
+    said = [str(notice.message) for notice in notices]
+    assert said[0] == "an episode of 'a' was repeated: environment 1 in worker 0 died."
+    assert said[1].startswith(
+        "2 of 4 episodes of 'a' were cut after 3 s (episode 1 of environment 0, 0 of environment 1)"
+    )
+    assert result.to_json()["cut"] == [(0, 1), (1, 0)] and len(result.to_json()["repeated"]) == 1
+
+
+def test_finished_policies_are_kept_and_not_run_again(debug: Protocol, maze_spec: Spec, tmp_path: Path) -> None:
+    def broken() -> RandomPolicy:
+        raise KeyboardInterrupt
+
+    policies: dict[str, Any] = {"a": lambda: RandomPolicy(maze_spec, 0), "b": lambda: RandomPolicy(maze_spec, 1)}
+    whole = evaluate(debug, policies, maze_spec, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(debug, {**policies, "b": broken}, maze_spec, quiet=True, keep=tmp_path)
+    assert len(list(tmp_path.glob("*.npz"))) == 1
+    resumed = evaluate(debug, {**policies, "a": broken}, maze_spec, quiet=True, keep=tmp_path)
+    for name, result in whole.items():
+        kept = resumed[name]
+        assert np.array_equal(result.returns, kept.returns) and np.array_equal(result.scores, kept.scores)
+        for one, other in zip(result.episodes, kept.episodes, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
+    for path in tmp_path.glob("*.npz"):
+        path.write_bytes(b"damaged")
+    again = evaluate(debug, policies, maze_spec, quiet=True, keep=tmp_path)
+    assert np.array_equal(again["b"].returns, whole["b"].returns), "what cannot be read is done again"
+
+
+def test_early_results_are_the_mean_of_what_is_finished(
+    debug: Protocol, maze_spec: Spec, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate(debug, {"a": lambda: RandomPolicy(maze_spec, 0)}, maze_spec)["a"]
+    shown = capsys.readouterr().err
+    assert f"score {result.scores.mean():.1f} of 4 episodes" in shown and "evaluate a" in shown
