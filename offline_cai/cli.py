@@ -211,14 +211,17 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
         RUN is a run's folder or one of its checkpoints. The protocol (environment, episodes, seeds, references) is a
         recipe in eval/; the config names one. Flags set its fields, and those of the planner (--planner.steps 8).
-        Writes results.json (scores per episode, statistics, versions) and paths.npz.
+        Writes results.json (scores per episode, statistics, versions) and paths.npz; if it is stopped, policies that
+        are finished are kept. With --off-policy no simulator is run: fitted Q evaluation and importance sampling
+        estimate the discounted return from the dataset (estimates.json), and flags set how (--steps 20000).
         """,
         "--episodes 50 --seed 7 --references []",
     )
     evaluate.add_argument("folder", metavar="RUN", type=Path)
     evaluate.add_argument("--protocol", help="a file, or a name in eval/ (default: what the config names)")
+    evaluate.add_argument("--off-policy", action="store_true", help="estimate from the dataset alone")
     evaluate.add_argument("--json", action="store_true", help="print the results as one JSON object")
-    _writes(evaluate, "RUN/evaluation")
+    _writes(evaluate, "RUN/evaluation, or RUN/off-policy")
 
     scoreboard = add(
         "scoreboard",
@@ -429,6 +432,9 @@ def _evaluate(args: argparse.Namespace, flags: dict[str, str]) -> None:
     from offline_cai import commands, report
     from offline_cai.evaluation.statistics import caution
 
+    if args.off_policy:
+        _off_policy(args, flags)
+        return
     data = commands.evaluate(args.folder, args.protocol, flags, args.output, args.overwrite, args.quiet or args.json)
     if args.json:
         print(json.dumps(data))
@@ -440,6 +446,31 @@ def _evaluate(args: argparse.Namespace, flags: dict[str, str]) -> None:
     if word := caution(data["results"][data["policy"]]["n"]):
         print(word)
     print(f"{report.score_line(data)}\nnext: offline-cai report {data['run']}")
+
+
+def _off_policy(args: argparse.Namespace, flags: dict[str, str]) -> None:
+    from offline_cai import commands, report
+
+    if args.protocol is not None:
+        raise UserError("--off-policy runs no protocol: leave --protocol out.")
+    facts = commands.off_policy(args.folder, flags, args.output, args.overwrite, args.quiet or args.json)
+    if args.json:
+        print(json.dumps(facts))
+        return
+    found = facts["importance sampling"]
+    print(
+        f"estimates of the return with discount {facts['discount']}, from {facts['episodes']} episodes, no simulator:"
+    )
+    print(f"the data themselves   {report.plus_minus(facts['data'])}")
+    print(f"fitted Q evaluation   {report.plus_minus(facts['fitted Q'])} (over first states alone)")
+    if isinstance(found, str):
+        print(f"importance sampling   {found}")
+        return
+    for name in ("episodes", "decisions"):
+        e = found[name]
+        print(f"importance sampling   {e['value']:.1f} [{e['low']:.1f}, {e['high']:.1f}], weighed by {name}")
+    rests = "too few for it to mean anything" if found["effective"] < 10 else "of its weights by episode"
+    print(f"effective sample size {found['effective']:.1f} of {found['n']} episodes: {rests}.")
 
 
 def _scoreboard(args: argparse.Namespace, flags: dict[str, str]) -> int:

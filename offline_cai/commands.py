@@ -27,17 +27,19 @@ from offline_cai.algorithms.diffuser import Diffuser
 from offline_cai.algorithms.guide import Guide
 from offline_cai.core import Algorithm, Plan, Policy, Spec
 from offline_cai.data import catalogue, minari
+from offline_cai.data.trajectories import Trajectories
 from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation import evaluate as evaluation
-from offline_cai.evaluation import plots, references
-from offline_cai.evaluation.statistics import paired
+from offline_cai.evaluation import offpolicy, plots, references
+from offline_cai.evaluation.statistics import paired, summarise
 from offline_cai.files import read_json, write_text
 from offline_cai.inference.smc import effective_sample_size
 from offline_cai.planning.planner import Planner
 from offline_cai.planning.sampling import PlannerConfig
 from offline_cai.planning.tracking import Tracker
+from offline_cai.policies.acting import ActorAlgorithm
 from offline_cai.provenance import versions
 from offline_cai.spaces import flatten, require_same_spec
 from offline_cai.training import checkpoint, experiment, loop, processes
@@ -411,6 +413,73 @@ def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
         "tracker": asdict(policy.tracker),
         **({"plans": policy.plans_made, "milliseconds per plan": milliseconds} if policy.plans_made else {}),
     }
+
+
+OFF_POLICY_FILES = {"estimates.json"}
+
+
+def off_policy(
+    path: Path,
+    flags: Mapping[str, str] | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Estimate what a run's policy would earn, from its dataset alone; writes OFF_POLICY_FILES, returns what it holds.
+
+    Fitted Q evaluation is of the policy as it acts, importance sampling of the distribution that it acts by, where the
+    algorithm has one and the dataset keeps log-probabilities. `flags` set fields of `OffPolicy`.
+
+    Raises:
+        UserError: the algorithm plans, or the run has no dataset.
+    """
+    began, run = time.monotonic(), open_run(path)
+    exp, algorithm = run.experiment, run.algorithm
+    c = config.build(offpolicy.OffPolicy, config.override({}, flags or {}), "--off-policy")
+    policy = algorithm.policy(seed=c.seed)
+    if isinstance(policy, Planner):
+        raise UserError(
+            f"{exp.algorithm} acts by plans that it keeps, and estimates from data are of policies that act by what "
+            "they see alone: evaluate it in the simulator."
+        )
+    discount = algorithm.needs.discount if c.discount is None else c.discount
+    if not 0 <= discount < 1:
+        raise UserError(f"{exp.algorithm} has a discount of {discount}: choose one below 1 with --discount.")
+    data = catalogue.trajectories(exp.data)
+    require_same_spec(algorithm.spec, data.spec)
+    with new_folder(output or run.folder / "off-policy", overwrite, OFF_POLICY_FILES) as folder:
+        fitted = offpolicy.fitted_q(data, lambda obs: policy.act(obs)[0], c, discount, quiet)
+        found = _importance(algorithm, data, discount)
+        facts = {
+            "what": "estimates from data; no simulator was run",
+            "dataset": exp.dataset,
+            "episodes": data.num_episodes,
+            "discount": discount,
+            "data": asdict(summarise(data.return_to_go(discount)[data.offsets[:-1]])),
+            "fitted Q": asdict(fitted),
+            "importance sampling": found if isinstance(found, str) else asdict(found),
+            "settings": config.to_dict(c),
+            "checkpoint": run.checkpoint.name,
+            "versions": versions(),
+        }
+        (folder / "estimates.json").write_text(json.dumps(facts, indent=1))
+    note_stage(run.folder, "off-policy", time.monotonic() - began)
+    return {**facts, "run": str(run.folder)}
+
+
+def _importance(algorithm: Algorithm, data: Trajectories, discount: float) -> offpolicy.Importance | str:
+    """Importance sampling, or why there is none."""
+    if not isinstance(algorithm, ActorAlgorithm):
+        return "none: the algorithm has no distribution over actions"
+    if data.log_prob is None:
+        return "none: the dataset keeps no log-probabilities of the policy that collected it"
+    ratios = []
+    for episode in data.episodes():
+        unit = algorithm.spec.to_unit(torch.as_tensor(episode.action))
+        with torch.no_grad():
+            log_prob = algorithm.pi(episode.obs[:-1]).log_prob(unit.to(algorithm.normaliser.shift)).cpu().numpy()
+        ratios.append(log_prob - episode.log_prob)
+    return offpolicy.importance(ratios, [episode.reward for episode in data.episodes()], discount)
 
 
 # Demo ----------------------------------------------------------------------------------------------------------------

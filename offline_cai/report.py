@@ -175,7 +175,7 @@ def _stages(run: Path) -> str:
     stages = _json(run / "stages.json")
     if not stages:
         return ""
-    order = ["collect", "train", "plan", "evaluate"]
+    order = ["collect", "train", "plan", "evaluate", "off-policy"]
     rows = [[name, f"{stages[name]:.1f} s"] for name in sorted(stages, key=order.index)]
     return f"<h2>Time</h2>{_table([*rows, ['together', f'{sum(stages.values()):.1f} s']], ['stage', 'wall time'])}"
 

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from offline_cai import commands, report
+from offline_cai import algorithms, cli, commands, report
+from offline_cai.core import Episode, Spec
 from offline_cai.data import minari
 from offline_cai.data.cache import fingerprint
+from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import Interrupted, UserError
+from offline_cai.evaluation.offpolicy import Importance
 from offline_cai.training import experiment
 
 
@@ -189,3 +193,40 @@ def test_an_interrupted_evaluation_goes_on_after_the_policies_that_are_finished(
     for name, result in whole["results"].items():
         assert data["results"][name]["returns"] == result["returns"]
     assert not (tmp_path / "r" / ".evaluation").exists() and "plans" not in data["planner"]
+
+
+def test_estimates_from_data_are_marked_as_such_and_need_no_simulator(
+    dataset: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bc = commands.train(experiment.load("debug-bc"), tmp_path / "bc", quiet=True)
+    monkeypatch.setattr(commands.evaluation, "evaluate", None)
+    assert cli.main(["evaluate", str(bc), "--off-policy", "--steps", "20", "--hidden", "[8]", "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "no simulator" in said and "none: the algorithm has no distribution over actions" in said
+    facts = json.loads((bc / "off-policy" / "estimates.json").read_text())
+    store = minari.trajectories(dataset)
+    assert facts["fitted Q"]["n"] == store.num_episodes and facts["discount"] == 0.99
+    assert facts["data"]["mean"] == pytest.approx(store.return_to_go(0.99)[store.offsets[:-1]].mean())
+    with pytest.raises(UserError, match="diffuser acts by plans"):
+        commands.off_policy(run)
+    with pytest.raises(UserError, match="unknown key 'stepz'; did you mean 'steps'"):
+        commands.off_policy(bc, {"stepz": "1"}, tmp_path / "x")
+    assert cli.main(["evaluate", str(bc), "--off-policy", "--protocol", "debug-umaze"]) == 2
+
+
+def test_a_policy_s_own_data_weigh_alike_in_importance_sampling(spec: Spec) -> None:
+    """Episodes that the distribution itself acted: all ratios are 1, whatever the units of the actions."""
+    algorithm = algorithms.find("sac")(spec, algorithms.find("sac").Config())
+    rng, episodes = np.random.default_rng(0), []
+    for number in range(6):
+        obs = rng.normal(size=(5, spec.obs_width))
+        action, log_prob = algorithm.explore(obs[:-1], torch.arange(4) + 10 * number)
+        episodes.append(Episode(obs, action, rng.normal(size=4), False, log_prob))
+    data = Trajectories.from_episodes(spec, episodes)
+    found = commands._importance(algorithm, data, 0.9)
+    assert isinstance(found, Importance) and found.effective == pytest.approx(6, abs=1e-3)
+    assert found.episodes.value == pytest.approx(data.return_to_go(0.9)[data.offsets[:-1]].mean(), abs=1e-3)
+    bare = Trajectories.from_episodes(spec, [e._replace(log_prob=None) for e in episodes])
+    assert commands._importance(algorithm, bare, 0.9) == (
+        "none: the dataset keeps no log-probabilities of the policy that collected it"
+    )

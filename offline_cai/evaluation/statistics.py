@@ -102,7 +102,7 @@ class Estimate:
 
 def interquartile_mean(strata: Strata, seed: int = 0, resamples: int = 5000) -> Estimate:
     """The mean of the middle half of all scores together; each task is resampled by itself."""
-    return _bootstrapped(
+    return bootstrapped(
         lambda *parts: stats.trim_mean(np.concatenate(parts, axis=-1), 0.25, axis=-1), strata, seed, resamples
     )
 
@@ -115,7 +115,7 @@ def probability_of_improvement(ours: Strata, other: Strata, seed: int = 0, resam
         each = [_wins(a, b).mean(axis=(-1, -2)) for a, b in zip(parts[:tasks], parts[tasks:], strict=True)]
         return np.mean(each, axis=0)
 
-    return _bootstrapped(statistic, [*ours, *other], seed, resamples)
+    return bootstrapped(statistic, [*ours, *other], seed, resamples)
 
 
 def _wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -128,10 +128,10 @@ def performance_profile(strata: Strata, thresholds: np.ndarray) -> np.ndarray:
     return np.mean([(np.asarray(scores)[:, None] > thresholds).mean(0) for scores in strata], axis=0)
 
 
-def _bootstrapped(statistic: Callable[..., np.ndarray], strata: Strata, seed: int, resamples: int) -> Estimate:
+def bootstrapped(statistic: Callable[..., np.ndarray], strata: Strata, seed: int, resamples: int) -> Estimate:
     """A statistic of score arrays [..., n_i], one per stratum, each resampled from its own scores."""
     rng = np.random.default_rng(seed)
-    arrays = [np.asarray(scores, dtype=float) for scores in strata]
+    arrays = [np.asarray(scores) for scores in strata]
     drawn = statistic(*(a[rng.integers(0, len(a), (resamples, len(a)))] for a in arrays))
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(sum(map(len, arrays)), float(statistic(*arrays)), float(low), float(high))
