@@ -468,7 +468,8 @@ def _off_policy(args: argparse.Namespace, flags: dict[str, str]) -> None:
         return
     for name in ("episodes", "decisions"):
         e = found[name]
-        print(f"importance sampling   {e['value']:.1f} [{e['low']:.1f}, {e['high']:.1f}], weighed by {name}")
+        interval = f"[{e['low']:.1f}, {e['high']:.1f}]"
+        print(f"importance sampling   {e['value']:.1f} {interval}, of its samples, weighed by {name}")
     rests = "too few for it to mean anything" if found["effective"] < 10 else "of its weights by episode"
     print(f"effective sample size {found['effective']:.1f} of {found['n']} episodes: {rests}.")
 

@@ -304,16 +304,23 @@ def _make(recipe: Scoreboard, cell: Cell, quiet: bool) -> dict[str, Any]:
     data = commands.evaluate(cell.run, task.protocol, flags, overwrite=True, quiet=quiet)
     minutes = {"train": read_json(times)["train"] / 60, "evaluate": (time.process_time() - began) / 60}
     result = data["results"][data["policy"]]
-    kept = ("step", "environment_steps", "score", "return")
-    curve = [row for row in trackers.read(cell.run / "metrics.jsonl") if "score" in row]
     return {
         **_result(data["protocol"], result, minutes),
         "algorithm": exp.algorithm,
         "dataset": exp.dataset,
         "steps": exp.training.steps,
         "planner": data["planner"],
-        "curve": [{name: row[name] for name in kept if name in row} for row in curve],
+        "curve": list(_curve(trackers.read(cell.run / "metrics.jsonl"))),
     }
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The evaluations while training, each with the steps in environments that were reported last, if there are any."""
+    gathered: dict[str, Any] = {}
+    for row in rows:
+        gathered = {"environment_steps": row["environment_steps"]} if "environment_steps" in row else gathered
+        if "score" in row:
+            yield {"step": row["step"], **gathered, "score": row["score"], "return": row["return"]}
 
 
 @contextmanager

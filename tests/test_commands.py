@@ -202,13 +202,15 @@ def test_estimates_from_data_are_marked_as_such_and_need_no_simulator(
     monkeypatch.setattr(commands.evaluation, "evaluate", None)
     assert cli.main(["evaluate", str(bc), "--off-policy", "--steps", "20", "--hidden", "[8]", "--quiet"]) == 0
     said = capsys.readouterr().out
-    assert "no simulator" in said and "none: the algorithm has no distribution over actions" in said
+    assert "no simulator" in said and "importance sampling   none: the dataset keeps no log-probabilities" in said
     facts = json.loads((bc / "off-policy" / "estimates.json").read_text())
     store = minari.trajectories(dataset)
     assert facts["fitted Q"]["n"] == store.num_episodes and facts["discount"] == 0.99
     assert facts["data"]["mean"] == pytest.approx(store.return_to_go(0.99)[store.offsets[:-1]].mean())
     with pytest.raises(UserError, match="diffuser acts by plans"):
         commands.off_policy(run)
+    planner = commands.open_run(run).algorithm
+    assert commands._importance(planner, store, 0.99) == "none: the algorithm has no distribution over actions"
     with pytest.raises(UserError, match="unknown key 'stepz'; did you mean 'steps'"):
         commands.off_policy(bc, {"stepz": "1"}, tmp_path / "x")
     assert cli.main(["evaluate", str(bc), "--off-policy", "--protocol", "debug-umaze"]) == 2

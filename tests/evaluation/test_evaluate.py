@@ -12,6 +12,7 @@ from offline_cai.environments.behaviour import RandomPolicy
 from offline_cai.environments.make import env_spec
 from offline_cai.environments.maze2d import Maze
 from offline_cai.environments.rollout import Care
+from offline_cai.environments.vector import Environments
 from offline_cai.errors import Notice, UserError
 from offline_cai.evaluation import references
 from offline_cai.evaluation.evaluate import Protocol, evaluate, protocol
@@ -151,11 +152,20 @@ def test_a_wrapper_that_is_not_ours_is_not_run(dataset: str, monkeypatch: pytest
         protocol("dataset").on(dataset)
 
 
-def test_workers_give_the_same_episodes(debug: Protocol, maze_spec: Spec) -> None:
+def test_workers_give_the_same_episodes(debug: Protocol, maze_spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, float]] = []
+
+    class Watched(Environments):
+        def __init__(self, maker: Any, count: int, workers: int, timeout: float) -> None:
+            made.append((workers, timeout))
+            super().__init__(maker, count, workers, timeout)
+
+    monkeypatch.setattr("offline_cai.evaluation.evaluate.Environments", Watched)
     here, there = (
         evaluate(p, {"a": lambda: RandomPolicy(maze_spec, 0)}, maze_spec, quiet=True)["a"]
-        for p in (debug, dataclasses.replace(debug, workers=2))
+        for p in (debug, dataclasses.replace(debug, workers=2, timeout=30.0))
     )
+    assert made == [(0, 60.0), (2, 30.0)]
     assert np.array_equal(here.returns, there.returns)
     assert all(np.array_equal(a.obs, b.obs) for a, b in zip(here.episodes, there.episodes, strict=True))
     with pytest.raises(UserError, match="workers has to be at least 0"):
@@ -191,7 +201,7 @@ def test_finished_policies_are_kept_and_not_run_again(debug: Protocol, maze_spec
     with pytest.raises(KeyboardInterrupt):
         evaluate(debug, {**policies, "b": broken}, maze_spec, quiet=True, keep=tmp_path)
     assert len(list(tmp_path.glob("*.npz"))) == 1
-    resumed = evaluate(debug, {**policies, "a": broken}, maze_spec, quiet=True, keep=tmp_path)
+    resumed = evaluate(debug, {**policies, "a": lambda: pytest.fail("run again")}, maze_spec, quiet=True, keep=tmp_path)
     for name, result in whole.items():
         kept = resumed[name]
         assert np.array_equal(result.returns, kept.returns) and np.array_equal(result.scores, kept.scores)
