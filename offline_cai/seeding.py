@@ -6,6 +6,7 @@ and noise is a hash of that key. So one process and many draw the same noise, an
 """
 
 import math
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -60,15 +61,24 @@ def rng(seed: int, *parts: int) -> np.random.Generator:
     return np.random.default_rng(_words(seed, *parts))
 
 
+@cache
+def _of_stream(stream: int) -> int:
+    return _signed(key(stream) & _MASK)
+
+
 def _bits(keys: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
-    counter = torch.arange(1, math.prod(shape) + 1, device=keys.device)
-    base = _mix(keys + _signed(key(stream) & _MASK))
-    return _mix(base[:, None] + counter * _GOLDEN).view(len(keys), *shape)
+    """53 random bits as int64 [B, *shape]; hashed by NumPy on the CPU, whose small operations cost less."""
+    host = keys.device.type == "cpu"
+    own, count = (keys.numpy() if host else keys), math.prod(shape)
+    counter = np.arange(1, count + 1) if host else torch.arange(1, count + 1, device=keys.device)
+    bits = _mix(_mix(own + _of_stream(stream))[:, None] + counter * _GOLDEN)
+    bits = (bits >> 11) & ((1 << 53) - 1)
+    return (torch.from_numpy(bits) if host else bits).view(len(keys), *shape)
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0) -> Tensor:
     """Uniform draws in (0, 1): float64 [B, *shape], one row per key; equal arguments give equal draws."""
-    return (((_bits(keys, shape, stream) >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+    return (_bits(keys, shape, stream).double() + 0.5) * 2.0**-53
 
 
 def normal(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

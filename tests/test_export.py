@@ -58,7 +58,7 @@ def test_missing_and_unknown_tensors_are_named(spec: Spec, tmp_path: Path) -> No
     weights = bc.state_dict()
     for number, (tensors, words) in enumerate(
         (
-            ({name: t for name, t in weights.items() if name != "actor.body.2.bias"}, "'actor.body.2.bias' is missing"),
+            ({name: t for name, t in weights.items() if name != "actor.body.bias_1"}, "'actor.body.bias_1' is missing"),
             ({**weights, "extra": torch.zeros(1)}, "'extra' is unknown"),
         )
     ):

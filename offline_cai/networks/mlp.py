@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def mlp(
@@ -15,3 +16,32 @@ def mlp(
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), activation()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+
+
+class Perceptron(nn.Module):
+    """The same with ReLUs, for the small networks of actors and critics, where what is no matrix product counts.
+
+    A weight is [inputs, outputs], so that both products of its backward pass read rows as they lie.
+    """
+
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        for i, (before, after) in enumerate(pairwise([inputs, *hidden, outputs])):
+            layer = nn.Linear(before, after)
+            self.register_parameter(f"weight_{i}", nn.Parameter(layer.weight.detach().T.contiguous()))
+            self.register_parameter(f"bias_{i}", nn.Parameter(layer.bias.detach()))
+
+    @property
+    def last(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the last layer."""
+        *_, weight, bias = self._parameters.values()
+        return weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        *hidden, weight, bias = self._parameters.values()
+        y = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        for w, b in zip(hidden[::2], hidden[1::2], strict=True):
+            y = torch.addmm(b, y, w).relu_()
+        y = torch.addmm(bias, y, weight)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offline_cai.core import Discrete, Spec
-from offline_cai.networks.mlp import mlp
+from offline_cai.networks.mlp import Perceptron
 from offline_cai.policies.distributions import Categorical, Gaussian, SquashedGaussian
 
 Family = Literal["squashed", "gaussian"]
@@ -30,7 +30,7 @@ class Actor(nn.Module):
         super().__init__()
         self.choices, self.family = isinstance(spec.action, Discrete), family
         two = family == "squashed" and not self.choices
-        self.body = mlp(spec.obs_width, hidden, spec.unit_width * (2 if two else 1))
+        self.body = Perceptron(spec.obs_width, hidden, spec.unit_width * (2 if two else 1))
         if family == "gaussian" and not self.choices:
             log_std = torch.full((spec.unit_width,), math.log(0.5 if std is None else std))
             self.log_std = nn.Parameter(log_std, requires_grad=std is None)
@@ -53,7 +53,7 @@ class Critic(nn.Module):
         super().__init__()
         self.choices = isinstance(spec.action, Discrete)
         sizes = (spec.obs_width, spec.unit_width) if self.choices else (spec.obs_width + spec.unit_width, 1)
-        self.each = nn.ModuleList(mlp(sizes[0], hidden, sizes[1]) for _ in range(count))
+        self.each = nn.ModuleList(Perceptron(sizes[0], hidden, sizes[1]) for _ in range(count))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """[count, ..., B] for observations [B, O] and actions [..., B, U] (of choices also probabilities)."""
@@ -68,7 +68,7 @@ class Value(nn.Module):
 
     def __init__(self, spec: Spec, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.body = mlp(spec.obs_width, hidden, 1)
+        self.body = Perceptron(spec.obs_width, hidden, 1)
 
     def forward(self, obs: Tensor) -> Tensor:
         """[..., B] for observations [..., B, O]."""
@@ -91,7 +91,7 @@ class ScaledValue(Value):
     def rescale(self, scale: Tensor) -> None:
         """Another scale, if it is not zero, for the same function (PopArt: van Hasselt et al. 2016, proposition 1)."""
         scale = torch.where(scale > 0, scale, self.scale)
-        for p in self.body[-1].parameters():
+        for p in self.body.last:
             p.mul_(self.scale / scale)
         self.scale.copy_(scale)
 

@@ -52,7 +52,7 @@ class TrainingState:
             optimiser = torch.optim.AdamW(
                 self.parameters[phase], lr=training.rate(phase), weight_decay=training.weight_decay, fused=True
             )
-            self.optimisers[phase] = accelerator.prepare(optimiser)
+            self.optimisers[phase] = optimiser if accelerator.scaler is None else accelerator.prepare(optimiser)
         self.ema = [p.detach().clone() for p in named.values()] if training.ema else []
         self.slowdown, self.skipped, self.skipped_in_a_row = 1.0, 0, 0
         self.stop, self.stopping = 0, False
@@ -71,14 +71,15 @@ class TrainingState:
             Diverged: a term or the gradient is not finite, or exploded, and such steps are not to be skipped.
         """
         began, optimiser, parameters = time.perf_counter(), self.optimisers[phase], self.parameters[phase]
-        optimiser.zero_grad(set_to_none=True)
+        for p in parameters:
+            p.grad = None
         names, sums = self._backward(batch, phase)
-        self.accelerator.unscale_gradients(optimiser)
-        most = self._clip(phase)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
-        single = len(self.optimisers) == 1
-        values = dict(zip(names, (sums / sums[-1]).tolist(), strict=False))
-        norms = {"grad_norm" if single else f"{phase}_grad_norm": float(norm)}
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(optimiser)
+        norm = self._clip(phase)
+        *means, norm = torch.cat([sums / sums[-1], norm[None]]).tolist()
+        values = dict(zip(names, means, strict=False))
+        norms = {"grad_norm" if len(self.optimisers) == 1 else f"{phase}_grad_norm": norm}
         if self._allowed(values, norms):
             optimiser.step()
         self.first_call.setdefault(phase, time.perf_counter() - began)
@@ -107,7 +108,8 @@ class TrainingState:
             with self.accelerator.autocast():
                 loss = self.module(part, phase)
             unit = max(loss.entries, 1) if unit is None else unit  # a part may have none
-            self.accelerator.backward(sum(loss.terms.values()) / unit, inputs=self.parameters[phase])
+            mean, scaler = sum(loss.terms.values()) / unit, self.accelerator.scaler
+            (mean if scaler is None else scaler.scale(mean)).backward(inputs=self.parameters[phase])
             found = [*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)]
             like = self.parameters[phase][0]
             part_sums = torch.stack([x.detach().to(like.device, like.dtype) for x in found])
@@ -142,9 +144,15 @@ class TrainingState:
         self.stopping |= bool(self.sum(torch.tensor([self.stop], device=self.accelerator.device)) > 0)
         return self.stopping
 
-    def _clip(self, phase: str) -> float | None:
+    def _clip(self, phase: str) -> Tensor:
+        """Scales the phase's gradients to the largest norm that is allowed, if any, and gives the norm that they had."""
+        gradients = [p.grad for p in self.parameters[phase] if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         clip = self.config.clip
-        return clip.get(phase) if isinstance(clip, Mapping) else clip
+        most = clip.get(phase) if isinstance(clip, Mapping) else clip
+        if most is not None:
+            torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def _allowed(self, values: dict[str, float], norms: dict[str, float]) -> bool:
         """Whether the optimiser may step.

@@ -111,7 +111,7 @@ def rewrite(path: Path, change) -> None:  # type: ignore[no-untyped-def]
 def test_weights_of_another_shape_or_name_are_named(tmp_path: Path, spec: Spec) -> None:
     path = save(tmp_path, spec)
     rewrite(path, lambda data: data["config"].update(hidden=[5]))
-    with pytest.raises(UserError, match=r"'actor.body.0.weight' has shape \(4, 8\).*makes it \(5, 8\)"):
+    with pytest.raises(UserError, match=r"'actor.body.weight_0' has shape \(8, 4\).*makes it \(8, 5\)"):
         checkpoint.load(path)
     rewrite(path, lambda data: data["config"].update(hidden=[4, 4]))
     with pytest.raises(UserError, match=r"'actor\..*(missing|shape)"):
