@@ -86,7 +86,7 @@ class AWR(OfflineActorAlgorithm):
         c = self.config
         if c.baseline == "mean":
             return Needs(groups={"actor": ("actor.",)}, weigh=self.weigh)
-        groups = {"value": ("value.",), "actor": ("actor.", "projection.dial.")}
+        groups = {"value": ("value.",), "actor": ("actor.",)}
         return Needs(horizon=1 if c.trace == 1 else c.horizon, discount=c.discount, groups=groups)
 
     def weigh(self, returns: np.ndarray) -> np.ndarray:
@@ -115,10 +115,9 @@ class AWR(OfflineActorAlgorithm):
         valid = batch.valid
         obs, action = self.normaliser.encode(batch.obs[:, :-1][valid]), self.spec.to_unit(batch.action[:, :, 0][valid])
         log_prob = self.actor(obs).log_prob(action)
-        if self.config.baseline == "mean":
-            return Loss({"actor_loss": -log_prob.sum()}, valid.sum())
-        terms, metrics = self.projection.loss(log_prob, self.advantage(batch))
-        return Loss(terms, valid.sum(), metrics)
+        mean = self.config.baseline == "mean"
+        loss = -log_prob.sum() if mean else self.projection.loss(log_prob, self.advantage(batch))
+        return Loss({"actor_loss": loss}, valid.sum())
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:
@@ -139,5 +138,5 @@ class AWR(OfflineActorAlgorithm):
         if self.config.baseline == "mean":
             return step(batch, "actor")
         metrics = step(batch, "value")
-        self.projection.measure(self.advantage(batch), step)
+        metrics |= self.projection.measure(self.advantage(batch), step)
         return metrics | step(batch, "actor")

@@ -65,10 +65,8 @@ class IQL(OfflineActorAlgorithm):
 
     @property
     def needs(self) -> Needs:
-        actor = ("actor.", "projection.dial.")
-        return Needs(
-            discount=self.config.discount, groups={"value": ("value.",), "critic": ("critic.",), "actor": actor}
-        )
+        groups = {"value": ("value.",), "critic": ("critic.",), "actor": ("actor.",)}
+        return Needs(discount=self.config.discount, groups=groups)
 
     def fit(self, chunks: Chunks) -> None:
         super().fit(chunks)
@@ -98,8 +96,8 @@ class IQL(OfflineActorAlgorithm):
     def _actor(self, batch: Batch) -> Loss:
         """Weighted regression (equation 7)."""
         obs, action = self._now(batch)
-        terms, metrics = self.projection.loss(self.actor(obs).log_prob(action), self.advantage(batch))
-        return Loss(terms, len(obs), metrics)
+        loss = self.projection.loss(self.actor(obs).log_prob(action), self.advantage(batch))
+        return Loss({"actor_loss": loss}, len(obs))
 
     @torch.no_grad()
     def advantage(self, batch: Batch) -> Tensor:
@@ -113,7 +111,7 @@ class IQL(OfflineActorAlgorithm):
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         metrics = step(batch, "value") | step(batch, "critic")
         follow(self.target, self.critic, self.config.tau)
-        self.projection.measure(self.advantage(batch), step)
+        metrics |= self.projection.measure(self.advantage(batch), step)
         return metrics | step(batch, "actor")
 
 

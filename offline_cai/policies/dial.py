@@ -52,6 +52,15 @@ class Dial(nn.Module):
         """A scalar without gradient."""
         return self.log.detach().exp()
 
+    def steer(self, kl: float, rate: float = 0.02) -> None:
+        """Move a learned temperature without an optimiser, for the KL of this update: it rests where KL is the budget.
+
+        log temperature += rate · (KL / budget - 1), which is cut at 1.
+        """
+        if self.budget is not None:
+            with torch.no_grad():
+                self.log.add_(rate * min(max(kl / self.budget - 1, -1.0), 1.0))
+
     def loss(self, kl: Tensor) -> Tensor:
         """The dual [B] for the policy's KL from its prior [B] (or a sample's log-ratio): it rises while KL > budget.
 

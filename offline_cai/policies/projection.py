@@ -17,9 +17,9 @@ LARGEST = 700.0  # nats: exp stays finite in float64
 class Projection(nn.Module):
     """Weights of samples by their advantage, and the loss that they give an actor.
 
-    What needs the whole batch (the advantages' mean and spread, and the mean of their exponentials) is measured before
-    the loss, over all processes. A budget is spent over the data as a whole: the KL in nats of the weighted data from
-    the data, not of an action's law in each state.
+    What needs the whole batch (the advantages' mean and spread, the KL) is measured before the loss, over all
+    processes. A budget is spent over the data as a whole: the KL in nats of the weighted data from the data, not of an
+    action's law in each state.
 
     Args:
         temperature: reward per nat, or auto; of standardised advantages it has no unit.
@@ -28,7 +28,6 @@ class Projection(nn.Module):
         normalise: whether advantages are standardised over the batch.
     """
 
-    log_mean: Tensor  # [] log E exp(advantage / temperature)
     shift: Tensor  # []
     scale: Tensor  # []
 
@@ -38,7 +37,6 @@ class Projection(nn.Module):
         super().__init__()
         self.dial = Dial(temperature, kl_budget, auto_budget=0.5)
         self.clip, self.normalise = clip, normalise
-        self.register_buffer("log_mean", torch.zeros(()))
         self.register_buffer("shift", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
@@ -49,23 +47,25 @@ class Projection(nn.Module):
                 self.dial.log.copy_(spread.log())
 
     @torch.no_grad()
-    def measure(self, advantage: Tensor, step: Step) -> None:
-        """Take the statistics of a batch's advantages [n], of which each process has its part."""
-        x = advantage.double()
+    def measure(self, advantage: Tensor, step: Step) -> dict[str, float]:
+        """Take the statistics of a batch's advantages [n], of which each process has its part.
+
+        A learned temperature moves towards its budget. Gives the KL as it was and the temperature as it is.
+        """
+        x, one = advantage.double(), torch.ones_like(advantage, dtype=torch.float64)
         if self.normalise:
-            count, total, square = step.sum(torch.stack([torch.ones_like(x).sum(), x.sum(), x.square().sum()]))
+            count, total, square = step.sum(torch.stack([one.sum(), x.sum(), x.square().sum()]))
             self.shift.copy_(total / count)
             self.scale.copy_((square / count - (total / count) ** 2).clamp(min=1e-12).sqrt())
-        nats = ((x - self.shift) / self.scale / self.dial.temperature).clamp(max=LARGEST)
-        count, total = step.sum(torch.stack([torch.ones_like(x).sum(), nats.exp().sum()]))
-        self.log_mean.copy_((total / count).log())
+        nats = self._nats(x).clamp(max=LARGEST)
+        count, total, tilted = step.sum(torch.stack([one.sum(), nats.exp().sum(), (nats.exp() * nats).sum()]))
+        kl = float(tilted / total - (total / count).log())
+        self.dial.steer(kl)
+        return {"kl": kl, "temperature": float(self.dial.temperature)}
 
-    def loss(self, log_prob: Tensor, advantage: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Terms and metrics, as sums, for the log-probabilities [n] of the data's actions and their advantages [n]."""
-        nats = (advantage.detach() - self.shift) / self.scale / self.dial.temperature
-        terms = {"actor_loss": -(soft.posterior_weights(nats, clip=self.clip) * log_prob).sum()}
-        log_ratio = (nats - self.log_mean).clamp(max=80.0)  # of posterior and data, as log_mean was measured
-        kl = log_ratio.exp() * log_ratio
-        if self.dial.learned:
-            terms["temperature_loss"] = self.dial.loss(kl).sum()
-        return terms, {"kl": kl.sum(), "temperature": self.dial.temperature * len(advantage)}
+    def loss(self, log_prob: Tensor, advantage: Tensor) -> Tensor:
+        """The sum over samples, for the log-probabilities [n] of the data's actions and their advantages [n]."""
+        return -(soft.posterior_weights(self._nats(advantage.detach()), clip=self.clip) * log_prob).sum()
+
+    def _nats(self, advantage: Tensor) -> Tensor:
+        return (advantage - self.shift) / self.scale / self.dial.temperature
