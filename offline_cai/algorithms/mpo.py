@@ -60,8 +60,8 @@ class MPOConfig:
     def __post_init__(self) -> None:
         dial.check(self.temperature, self.kl_budget)
         for name in ("mean_limit", "std_limit", "choice_limit"):
-            if not 0 < (getattr(self, name) or 1.0) < math.inf:
-                raise UserError(f"{name} is {getattr(self, name)}; it has to be positive, or null for no limit.")
+            if (limit := getattr(self, name)) is not None and not 0 < limit < math.inf:
+                raise UserError(f"{name} is {limit}; it has to be positive, or null for no limit.")
         if min(self.samples, self.period, self.horizon) < 1 or not 0 <= self.discount < 1:
             raise UserError("samples, period and horizon have to be at least 1, discount in [0, 1).")
 

@@ -110,7 +110,8 @@ class SquashedGaussian(NamedTuple):
 
     def log_prob(self, action: Tensor) -> Tensor:
         """Of stored actions: one at the very bound counts as if just inside, since its u is lost."""
-        return soft.squashed_gaussian_log_prob(torch.atanh(action.clamp(-EDGE, EDGE)), self.mean, self.std)
+        u = torch.atanh(action.to(self.mean.dtype).clamp(-EDGE, EDGE))
+        return soft.squashed_gaussian_log_prob(u, self.mean, self.std)
 
     def kl(self, other: "SquashedGaussian") -> Tensor:
         """That of the Gaussians of u: a one-to-one map leaves a KL as it is."""
