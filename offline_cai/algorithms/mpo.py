@@ -24,7 +24,6 @@ from offline_cai.policies.distributions import Categorical, Distribution, Draw
 from offline_cai.policies.networks import Actor, Critic, follow, slow
 
 NEXT, NOW = 0, 1  # streams of noise
-START = {"choice": 10.0, "mean": 10.0, "std": 1000.0}  # of the limits' multipliers
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,15 @@ class MPO(ActorAlgorithm):
         limits = {part: getattr(config, f"{part}_limit") for part in parts}
         self.limits = {part: limit for part, limit in limits.items() if limit is not None}
         width = 1 if isinstance(spec.action, Discrete) else spec.action_width
-        starts = {part: torch.full((width,), math.log(START[part])) for part in self.limits}
-        self.multiplier = nn.ParameterDict(starts)  # logarithms
+        starts = {part: torch.full((width,), 0.5 / math.sqrt(limit)).log() for part, limit in self.limits.items()}
+        self.multiplier = nn.ParameterDict(starts)  # logarithms; at 0.0025 and 1e-6 they start near Acme's 10 and 1000
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     @property
     def needs(self) -> Needs:
         c = self.config
-        groups = {"critic": ("critic.",), "actor": ("actor.", "dial.", "multiplier.")}
+        actor = ("actor.", "multiplier.", "dial.") if self.dial.learned else ("actor.", "multiplier.")
+        groups = {"critic": ("critic.",), "actor": actor}
         return Needs(horizon=c.horizon, discount=c.discount, source="replay", groups=groups)
 
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
