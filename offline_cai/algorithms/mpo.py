@@ -87,12 +87,13 @@ class MPO(ActorAlgorithm):
     @property
     def needs(self) -> Needs:
         c = self.config
-        actor = ("actor.", "multiplier.", "dial.") if self.dial.learned else ("actor.", "multiplier.")
-        groups = {"critic": ("critic.",), "actor": actor}
+        dual = (*(("dial.",) if self.dial.learned else ()), *(("multiplier.",) if self.limits else ()))
+        groups = {"critic": ("critic.",), "actor": ("actor.",)} | ({"dual": dual} if dual else {})
         return Needs(horizon=c.horizon, discount=c.discount, source="replay", groups=groups)
 
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
-        return self._critic(batch) if phase == "critic" else self._actor(batch)
+        losses = {"critic": self._critic, "dual": self._dual}
+        return losses.get(phase, self._actor)(batch)
 
     def _critic(self, batch: Batch) -> Loss:
         """Squared error of Q(s_t, a_t): at all steps of a window with Retrace, at its first with n steps."""
@@ -131,23 +132,37 @@ class MPO(ActorAlgorithm):
         return draw.mean(self.target(obs, draw.action)[0])
 
     def _actor(self, batch: Batch) -> Loss:
-        """E-step, M-step and their duals, at the first state of each window."""
+        """The M-step: the weighted regression, and what leaving the previous policy costs."""
         obs = self.normaliser.encode(batch.obs[:, 0])
-        with torch.no_grad():
-            old = self.old(obs)
-            draw = old.draw(batch.key, self.config.samples, NOW)
-            weight, spent = self.posterior(draw, self.target(obs, draw.action)[0])
+        old, draw, weight, spent = self._e_step(obs, batch.key)
         fits, moved = _decoupled(self.actor(obs), old)
         log_prob = torch.stack([pi.log_prob(draw.action) for pi in fits])
         terms = {"actor_loss": -(weight * log_prob).sum()}
-        for part, limit in self.limits.items():
-            log = self.multiplier[part]
-            terms[f"{part}_loss"] = (log.detach().exp() * moved[part] + log * (limit - moved[part].detach())).sum()
-        if self.dial.learned:
-            terms["temperature_loss"] = self.dial.loss(spent).sum()
+        for part in self.limits:
+            terms[f"{part}_loss"] = (self.multiplier[part].detach().exp() * moved[part]).sum()
         metrics = {f"{part}_kl": kl.detach().mean(-1).sum() for part, kl in moved.items()}
         metrics |= {"kl": spent.sum(), "temperature": self.dial.temperature * len(obs)}
         return Loss(terms, len(obs), metrics)
+
+    def _dual(self, batch: Batch) -> Loss:
+        """The duals of budget and limits, in logarithms, at learning rates of their own: they rise where too much is
+        spent."""
+        obs, terms = self.normaliser.encode(batch.obs[:, 0]), {}
+        old, _, _, spent = self._e_step(obs, batch.key)
+        with torch.no_grad():
+            _, moved = _decoupled(self.actor(obs), old)
+        for part, limit in self.limits.items():
+            terms[f"{part}_dual"] = (self.multiplier[part] * (limit - moved[part])).sum()
+        if self.dial.learned:
+            terms["temperature_dual"] = self.dial.loss(spent).sum()
+        return Loss(terms, len(obs))
+
+    @torch.no_grad()
+    def _e_step(self, obs: Tensor, key: Tensor) -> tuple[Distribution, Draw, Tensor, Tensor]:
+        """The previous policy, actions of it [n, B, U], their weights [n, B], and the nats [B] that these spend."""
+        old = self.old(obs)
+        draw = old.draw(key, self.config.samples, NOW)
+        return old, draw, *self.posterior(draw, self.target(obs, draw.action)[0])
 
     def posterior(self, draw: Draw, q: Tensor) -> tuple[Tensor, Tensor]:
         """The E-step: weights [n, B] ∝ prior × exp(q / temperature), and the nats [B] that they spend."""
@@ -160,7 +175,10 @@ class MPO(ActorAlgorithm):
             follow(self.old, self.actor, 1.0)
             follow(self.target, self.critic, 1.0)
         self.updates += 1
-        return step(batch, "critic") | step(batch, "actor")
+        metrics: dict[str, float] = {}
+        for phase in self.needs.groups:
+            metrics |= step(batch, phase)
+        return metrics
 
 
 def _decoupled(pi: Distribution, old: Distribution) -> tuple[list[Distribution], dict[str, Tensor]]:
