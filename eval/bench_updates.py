@@ -159,7 +159,11 @@ def main() -> None:
         for name in ("sac", "iql", "floor")
     }
     if arguments.keep:
-        about = {"command": "make bench-updates", "date": str(date.today()), "versions": {**versions(), "stable-baselines3": version("stable-baselines3")}}
+        about = {
+            "command": "make bench-updates",
+            "date": str(date.today()),
+            "versions": {**versions(), "stable-baselines3": version("stable-baselines3")},
+        }
         arguments.keep.write_text(json.dumps({**about, "load": load, "result": ratios, "ms": times}, indent=1) + "\n")
     print(json.dumps(ratios))
 

@@ -68,12 +68,17 @@ def _of_stream(stream: int) -> int:
 
 def _bits(keys: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
     """53 random bits as int64 [B, *shape]; hashed by NumPy on the CPU, whose small operations cost less."""
-    host = keys.device.type == "cpu"
-    own, count = (keys.numpy() if host else keys), math.prod(shape)
-    counter = np.arange(1, count + 1) if host else torch.arange(1, count + 1, device=keys.device)
-    bits = _mix(_mix(own + _of_stream(stream))[:, None] + counter * _GOLDEN)
-    bits = (bits >> 11) & ((1 << 53) - 1)
-    return (torch.from_numpy(bits) if host else bits).view(len(keys), *shape)
+    count = math.prod(shape)
+    if keys.device.type == "cpu":
+        bits = torch.from_numpy(_hash(keys.numpy(), np.arange(1, count + 1), stream))
+    else:
+        bits = _hash(keys, torch.arange(1, count + 1, device=keys.device), stream)
+    return bits.view(len(keys), *shape)
+
+
+def _hash(keys: _Int64, counter: _Int64, stream: int) -> _Int64:
+    bits = _mix(_mix(keys + _of_stream(stream))[:, None] + counter * _GOLDEN)
+    return (bits >> 11) & ((1 << 53) - 1)
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0) -> Tensor:

@@ -1,12 +1,15 @@
 """Soft actor-critic: the posterior under a uniform prior, by reverse KL onto a squashed Gaussian (or a categorical).
 
-Haarnoja et al. 2018b (arXiv 1812.05905): twin critics, automatic temperature. Choices: Christodoulou 2019, with exact
-expectations in place of samples.
+Two forms. Haarnoja et al. 2018b (arXiv 1812.05905): twin critics that bootstrap from slow copies of themselves, and a
+temperature that is found. Haarnoja et al. 2018a (arXiv 1801.01290): twin critics that bootstrap from a slow copy of a
+separate V(s). Choices: Christodoulou 2019, with exact expectations in place of samples.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from offline_cai.core import Batch, Loss, Needs, Spec, Step
 from offline_cai.data.codec import NormaliserKind
@@ -15,17 +18,19 @@ from offline_cai.policies import dial
 from offline_cai.policies.acting import ActorAlgorithm
 from offline_cai.policies.dial import Dial, Temperature
 from offline_cai.policies.distributions import log_uniform
-from offline_cai.policies.networks import Actor, Critic, follow, slow
+from offline_cai.policies.networks import Actor, Critic, Value, follow, slow
 
-NEXT, NOW = 0, 1  # streams of noise
+VALUE, ACTOR = 0, 1  # streams of noise
 
 
 @dataclass(frozen=True)
 class SACConfig:
     """Actor, critics and temperature."""
 
+    form: Literal["twin", "value"] = "twin"
+    """What critics bootstrap from: twin, slow copies of them (2018b); value, a slow copy of a separate V (2018a)."""
     hidden: tuple[int, ...] = (256, 256)
-    """Widths of the hidden layers of actor and critics."""
+    """Widths of the hidden layers of all networks."""
     temperature: Temperature = "auto"
     """Reward per nat of entropy; auto: found so that the KL from the uniform prior meets `kl_budget`."""
     kl_budget: float | None = None
@@ -33,7 +38,7 @@ class SACConfig:
     discount: float = 0.99
     """Per step."""
     tau: float = 0.005
-    """Share of the way that target critics move at each update."""
+    """Share of the way that slow copies move at each update."""
     normaliser: NormaliserKind = "none"
     """Of observations, fitted to a dataset if there is one."""
 
@@ -51,34 +56,54 @@ class SAC(ActorAlgorithm):
         super().__init__(spec, config, config.normaliser)
         self.actor = Actor(spec, config.hidden)
         self.critic = Critic(spec, config.hidden, count=2)
-        self.target = slow(self.critic)
+        self.value = Value(spec, config.hidden) if config.form == "value" else None
+        self.target: Critic | Value = slow(self.value or self.critic)
         auto = spec.action_width - log_uniform(spec)  # an entropy of -|A| is that far from uniform
         self.dial = Dial(config.temperature, config.kl_budget, auto)
 
     @property
     def needs(self) -> Needs:
-        groups = {"critic": ("critic.",), "actor": ("actor.", "dial.") if self.dial.learned else ("actor.",)}
+        groups: dict[str, tuple[str, ...]] = {"value": ("value.",)} if self.value else {}
+        groups |= {"critic": ("critic.",), "actor": ("actor.", "dial.")}
         return Needs(discount=self.config.discount, source="replay", groups=groups)
 
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
-        return self._critic(batch) if phase == "critic" else self._actor(batch)
+        return {"value": self._value, "critic": self._critic, "actor": self._actor}[phase](batch)
+
+    def _value(self, batch: Batch) -> Loss:
+        """Squared distance of V from the soft value (2018a, equation 5)."""
+        assert self.value is not None
+        obs = self.normaliser.encode(batch.transition.obs)
+        error = self.value(obs) - self._soft_value(obs, self.critic, batch.key)
+        return Loss({"value_loss": 0.5 * error.square().sum()}, len(obs))
 
     def _critic(self, batch: Batch) -> Loss:
-        """Squared soft Bellman error (equations 5 and 6), with the minimum of two target critics."""
-        step, temperature = batch.transition, self.dial.temperature
-        obs, after = self.normaliser.encode(step.obs), self.normaliser.encode(step.next_obs)
-        with torch.no_grad():
-            draw = self.actor(after).draw(batch.key, stream=NEXT)
-            value = draw.mean(self.target(after, draw.action).amin(0) - temperature * draw.log_prob)
-            wanted = step.reward + self.config.discount * torch.where(step.terminal, 0.0, value)
-        q = self.critic(obs, self.spec.to_unit(step.action[:, 0]))
-        metrics = {"q": q.detach().mean(0).sum()}
-        return Loss({"critic_loss": 0.5 * (q - wanted).square().sum()}, len(obs), metrics)
+        """Squared soft Bellman error (2018a, equation 7; 2018b, equation 5)."""
+        step = batch.transition
+        q = self.critic(self.normaliser.encode(step.obs), self.spec.to_unit(step.action[:, 0]))
+        loss = 0.5 * (q - self.backup(batch)).square().sum()
+        return Loss({"critic_loss": loss}, len(step.obs), {"q": q.detach().mean(0).sum()})
+
+    @torch.no_grad()
+    def backup(self, batch: Batch) -> Tensor:
+        """What Q(s, a) should be: r + discount · V(s') [B], V by the slow copy."""
+        step, after = batch.transition, self.normaliser.encode(batch.transition.next_obs)
+        if isinstance(self.target, Critic):
+            value = self._soft_value(after, self.target, batch.key)
+        else:
+            value = self.target(after)
+        return step.reward + self.config.discount * torch.where(step.terminal, 0.0, value)
+
+    @torch.no_grad()
+    def _soft_value(self, obs: Tensor, critic: Critic, key: Tensor) -> Tensor:
+        """E[min Q - temperature · log pi] [B] at normalised observations (2018b, equation 3)."""
+        draw = self.actor(obs).draw(key, stream=VALUE)
+        return draw.mean(critic(obs, draw.action).amin(0) - self.dial.temperature * draw.log_prob)
 
     def _actor(self, batch: Batch) -> Loss:
-        """KL to exp(Q / temperature), times the temperature (equation 7), and the temperature's dual (equation 18)."""
+        """KL to exp(Q / temperature), times the temperature (2018b, equation 7), and the temperature's dual (18)."""
         obs, temperature = self.normaliser.encode(batch.transition.obs), self.dial.temperature
-        draw = self.actor(obs).draw(batch.key, stream=NOW)
+        draw = self.actor(obs).draw(batch.key, stream=ACTOR)
         q = self.critic(obs, draw.action).amin(0)
         terms = {"actor_loss": draw.mean(temperature * draw.log_prob - q).sum()}
         kl = draw.mean(draw.log_prob) - log_uniform(self.spec)
@@ -87,6 +112,8 @@ class SAC(ActorAlgorithm):
         return Loss(terms, len(obs), {"kl": kl.detach().sum(), "temperature": temperature * len(obs)})
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
-        metrics = step(batch, "critic") | step(batch, "actor")
-        follow(self.target, self.critic, self.config.tau)
+        metrics: dict[str, float] = {}
+        for phase in self.needs.groups:
+            metrics |= step(batch, phase)
+        follow(self.target, self.value or self.critic, self.config.tau)
         return metrics

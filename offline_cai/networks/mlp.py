@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +33,16 @@ class Perceptron(nn.Module):
             self.register_parameter(f"bias_{i}", nn.Parameter(layer.bias.detach()))
 
     @property
-    def last(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the last layer."""
-        *_, weight, bias = self._parameters.values()
-        return weight, bias
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of each layer."""
+        parameters: list[Any] = list(self._parameters.values())
+        return list(zip(parameters[::2], parameters[1::2], strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] -> [..., outputs]."""
-        *hidden, weight, bias = self._parameters.values()
+        *hidden, (weight, bias) = self.layers
         y = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        for w, b in zip(hidden[::2], hidden[1::2], strict=True):
+        for w, b in hidden:
             y = torch.addmm(b, y, w).relu_()
         y = torch.addmm(bias, y, weight)
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)

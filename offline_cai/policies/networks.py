@@ -91,7 +91,7 @@ class ScaledValue(Value):
     def rescale(self, scale: Tensor) -> None:
         """Another scale, if it is not zero, for the same function (PopArt: van Hasselt et al. 2016, proposition 1)."""
         scale = torch.where(scale > 0, scale, self.scale)
-        for p in self.body.last:
+        for p in self.body.layers[-1]:
             p.mul_(self.scale / scale)
         self.scale.copy_(scale)
 
