@@ -33,9 +33,8 @@ class ActorAlgorithm(Algorithm):
         return self.actor(self.normaliser.encode(torch.as_tensor(obs, dtype=like.dtype, device=like.device)))
 
     @torch.no_grad()
-    def explore(self, obs: np.ndarray, key: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        unit, log_prob = self.pi(obs).sample(key.to(self.normaliser.shift.device))
-        return self.spec.to_raw(unit).cpu().numpy(), log_prob.cpu().numpy()
+    def explore(self, obs: np.ndarray, key: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        return _raw(self.spec, *self.pi(obs).sample(key.to(self.normaliser.shift.device)))
 
     def policy(self, seed: int = 0, stochastic: bool = False, **options: Any) -> "ActorPolicy":
         """A policy that acts by the mode of pi, or by its samples."""
@@ -67,7 +66,7 @@ class ActorPolicy:
 
     Args:
         pi: the distribution at raw observations [N, O].
-        stochastic: by samples, with their log-probabilities.
+        stochastic: by samples, with their log-probabilities if pi knows them.
     """
 
     def __init__(
@@ -93,5 +92,8 @@ class ActorPolicy:
         numbers = zip(range(len(obs)), self._episode.tolist(), self._time.tolist(), strict=True)
         key = torch.tensor([seeding.key(self._seed, *parts) for parts in numbers], device=pi.mode.device)
         self._time += 1
-        unit, log_prob = pi.sample(key)
-        return self._spec.to_raw(unit).cpu().numpy(), log_prob.cpu().numpy()
+        return _raw(self._spec, *pi.sample(key))
+
+
+def _raw(spec: Spec, unit: Tensor, log_prob: Tensor | None) -> tuple[np.ndarray, np.ndarray | None]:
+    return spec.to_raw(unit).cpu().numpy(), None if log_prob is None else log_prob.cpu().numpy()

@@ -38,8 +38,8 @@ class Distribution(Protocol):
         """The most likely action [B, U] (of a squashed Gaussian: that of its u)."""
         ...
 
-    def sample(self, key: Tensor, stream: int = 0) -> tuple[Tensor, Tensor]:
-        """An action [B, U] for each of keys [B], and its log-probability [B]."""
+    def sample(self, key: Tensor, stream: int = 0) -> tuple[Tensor, Tensor | None]:
+        """An action [B, U] for each of keys [B], and its log-probability [B] if it is known."""
         ...
 
     def draw(self, key: Tensor, n: int = 1, stream: int = 0) -> Draw:
