@@ -315,7 +315,8 @@ def _add_data_commands(commands: Any, common: _Parser) -> None:
 
         Without --to: the store in the cache (OFFLINE_CAI_CACHE, ~/.cache/offline_cai), which every command makes by
         itself on first use. An existing file or dataset is not overwritten. A Minari dataset made of another keeps its
-        spaces, environments, references and authors; one made of a file has no environment.
+        spaces, environments, references and authors; one made of a file has no environment. NAME may be the folder of
+        a run that keeps a replay (SAC's, say): with --to, what it gathered becomes a dataset ("medium-replay").
         """,
     )
     convert.add_argument(

@@ -1,10 +1,12 @@
 """What `offline-cai data` does: each command gives plain facts, and `text` shows them to people."""
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from offline_cai.data import catalogue, describe, stats
+from offline_cai import config
+from offline_cai.data import catalogue, describe, minari, stats
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.errors import UserError
 
@@ -46,15 +48,51 @@ def download(name: str, quiet: bool = False) -> dict[str, Any]:
 def convert(name: str, to: str | None = None, repair: bool = False) -> dict[str, Any]:
     """A dataset, converted to the store that training reads, or written in another format as `to`.
 
-    `repair` leaves damaged episodes out and names them.
+    `repair` leaves damaged episodes out and names them. The name may also be a run's folder: what its replay holds then
+    becomes a dataset.
     """
     began = time.monotonic()
     if to is not None:
         catalogue.check_target(to)
+    if (Path(name) / "config.yaml").is_file():
+        return {**_convert_replay(Path(name), to), "seconds": time.monotonic() - began}
     store = catalogue.trajectories(name, repair)
     written = store.path if to is None else catalogue.write(to, store, name)
     facts = {"dataset": name, "written to": str(written), **_counts(store), "seconds": time.monotonic() - began}
     return facts | ({"dropped": store.info["dropped"]} if repair else {})
+
+
+def _convert_replay(run: Path, to: str | None) -> dict[str, Any]:
+    """The replay of a run's last checkpoint, written as a dataset; of a Minari one the environment is the run's.
+
+    Raises:
+        UserError: no target is named, or the run has no replay.
+    """
+    from offline_cai.data.replay import Replay
+    from offline_cai.training import checkpoint, experiment
+
+    exp = experiment.load(str(run / "config.yaml"))
+    path = checkpoint.find(run)
+    algorithm = checkpoint.load(path)
+    if exp.environment is None or algorithm.needs.source != "replay":
+        raise UserError(f"{run} gathered no replay: name a run of an algorithm that keeps one, or a dataset.")
+    if to is None:
+        raise UserError(f"{run} is a run: name the dataset that its replay becomes with --to.")
+    tensors, facts = checkpoint.load_state(path)
+    state, obs = facts["source"]["replay"], tensors["source/obs"].numpy()
+    replay = Replay(algorithm.spec, len(obs), exp.environment.capacity, algorithm.needs.discount)
+    replay.load(run / "replay", state, obs)
+    store = Trajectories.from_episodes(algorithm.spec, replay.episodes(), str(run))
+    if catalogue.kind(to) != "minari":
+        written = catalogue.write(to, store)
+    else:
+        with closing(exp.environment.make()) as env:
+            note = {"experiment": config.to_dict(exp), "step": facts["step"]}
+            about = f"All that a run of {exp.algorithm} gathered in {facts['step']} updates."
+            written = minari.write(
+                to, store.spec, store.episodes(), env, note=note, algorithm_name=exp.algorithm, description=about
+            )
+    return {"dataset": str(run), "written to": str(written), **_counts(store)}
 
 
 def _counts(store: Trajectories) -> dict[str, Any]:

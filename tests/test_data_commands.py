@@ -1,16 +1,20 @@
 """`offline-cai data`: each command as people see it and as programs read it, and its mistakes."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
-from offline_cai import cli
+from offline_cai import cli, commands
 from offline_cai.core import Box, Field, Spec
 from offline_cai.data import arrays, catalogue, d4rl, minari
 from offline_cai.data.trajectories import Trajectories
+from offline_cai.environments.rollout import episode_seeds
+from offline_cai.training import experiment
 
 
 @pytest.fixture
@@ -85,6 +89,28 @@ def test_repair_says_which_episodes_it_drops(capsys: pytest.CaptureFixture[str],
     assert "dropped" in capsys.readouterr().out
     assert facts(capsys, "validate", good)["episodes"] == 1
     assert "rewards" in facts(capsys, "convert", bad, "--repair")["dropped"][0]
+
+
+def test_a_run_s_replay_becomes_a_dataset(
+    dataset: str, run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """All that it gathered, with the environment that it gathered in: what algorithms that learn offline then read."""
+    online = commands.train(experiment.load("debug-sac"), tmp_path / "sac", quiet=True)
+    id_ = "test/pendulum/medium-replay-v0"
+    assert facts(capsys, "convert", str(online), "--to", id_)["steps"] == 2 * 40
+    store, there = catalogue.trajectories(id_), minari.load(id_)
+    assert (store.num_steps, store.num_episodes) == (80, 2) and not store.terminal.any()
+    assert there.spec.env_spec.id == "Pendulum-v1" and minari.metadata(there)["experiment"]["algorithm"] == "sac"
+    with closing(gym.make("Pendulum-v1")) as env:  # the first episode is what its seed and its actions make
+        first, _ = env.reset(seed=episode_seeds(0, [0], 0)[0])
+        states = np.array([first] + [env.step(action)[0] for action in store.episode(0).action])
+    assert np.allclose(states, store.episode(0).obs, atol=1e-6)
+    target = str(tmp_path / "replay.npz")
+    assert facts(capsys, "convert", str(online), "--to", target)["steps"] == 80
+    assert cli.main(["data", "convert", str(online)]) == 2
+    assert "name the dataset that its replay becomes with --to" in capsys.readouterr().err
+    assert cli.main(["data", "convert", str(run), "--to", "test/other-v0"]) == 2
+    assert "gathered no replay" in capsys.readouterr().err
 
 
 def test_download_converts_what_it_fetched(
