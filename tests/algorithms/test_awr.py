@@ -1,20 +1,24 @@
 """AWR against closed forms: weights, values, budgets, and whole episodes against the exact core."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from offline_cai import seeding
 from offline_cai.algorithms.awr import AWR, AWRConfig
 from offline_cai.core import Batch, Episode
+from offline_cai.data import arrays
 from offline_cai.data.sampling import Weighted
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
 from offline_cai.inference import soft, tabular
+from offline_cai.training import experiment, loop, sources
 
 COUNTS = np.array([[6, 2, 1, 1], [1, 3, 3, 3], [2, 2, 5, 1]])
 VALUE = np.array([[0.0, 1.0, -1.0, 2.0], [0.5, 0.0, 0.3, -0.4], [-1.0, 1.0, 0.0, 0.5]])
@@ -143,3 +147,15 @@ def test_settings_that_cannot_be_are_said() -> None:
         AWRConfig(trace=1.5)
     with pytest.raises(UserError, match="std positive, or null"):
         AWRConfig(std=0.0)
+
+
+def test_training_draws_episodes_by_their_weight(store: Trajectories, tmp_path: Path) -> None:
+    """Almost cold, so the best of the three episodes is all that is drawn."""
+    data = str(arrays.write(tmp_path / "own.npz", store))
+    about = {"name": "a", "algorithm": "awr", "dataset": data, "training": {"batch_size": 32}}
+    model = {"baseline": "mean", "temperature": 1e-3, "hidden": [4]}
+    exp = experiment.parse({**about, "model": model}, "a test")
+    source = sources.build(exp, loop.build(exp, store), store, Accelerator(cpu=True), tmp_path)
+    best = store.episode(int(store.returns.argmax())).obs
+    drawn = source(0).obs[:, 0].numpy()
+    assert len(drawn) == 32 and (drawn[:, None] == best[None]).all(-1).any(1).all()
