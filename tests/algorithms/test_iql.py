@@ -13,6 +13,7 @@ from offline_cai.errors import UserError
 COUNTS = np.array([[5, 2, 1], [1, 3, 4], [2, 2, 2]])
 REWARD = np.array([[0.0, 1.0, -1.0], [0.5, 0.0, 0.3], [-1.0, 1.0, 0.0]])
 AFTER = np.array([[0, 1, 2], [2, 0, 1], [1, 0, 2]])
+ENDS = np.array([[False, False, True], [False, False, False], [False, True, False]])
 DISCOUNT, EXPECTILE, TEMPERATURE = 0.6, 0.8, 0.5
 
 
@@ -25,23 +26,23 @@ def expectile(x: np.ndarray, count: np.ndarray, share: float) -> float:
 
 
 def fixed_point() -> tuple[np.ndarray, np.ndarray]:
-    """Q [S, A] and V [S]: V the expectile of Q over the data's actions, Q = r + discount · V after."""
+    """Q [S, A] and V [S]: V the expectile of Q over the data's actions, Q = r + discount · V after, if it goes on."""
     v = np.zeros(3)
     for _ in range(200):
-        q = REWARD + DISCOUNT * v[AFTER]
+        q = REWARD + DISCOUNT * np.where(ENDS, 0.0, v[AFTER])
         v = np.array([expectile(q[s], COUNTS[s], EXPECTILE) for s in range(3)])
     return q, v
 
 
 @pytest.fixture(scope="module")
 def solved(small: SimpleNamespace) -> IQL:
-    """Trained on every transition as often as it was counted; no episode ends."""
+    """Trained on every transition as often as it was counted."""
     torch.manual_seed(0)
     config = IQLConfig((), EXPECTILE, TEMPERATURE, clip=None, discount=DISCOUNT, tau=0.5, normaliser="none")
     iql = IQL(small.choices(3, 3), config)
     state, action = (np.repeat(i, COUNTS.reshape(-1)) for i in np.indices(COUNTS.shape).reshape(2, -1))
     obs = torch.eye(3)[np.stack([state, AFTER[state, action]], 1)]
-    ends = torch.zeros(len(obs), 1, dtype=torch.bool)
+    ends = torch.tensor(ENDS[state, action])[:, None]
     batch = small.windows(obs, torch.tensor(action)[:, None, None], torch.tensor(REWARD[state, action])[:, None], ends)
     steps = 600
     training = small.state_of(iql, steps=steps, learning_rate=0.05)
