@@ -6,7 +6,7 @@ import torch
 
 from offline_cai.core import Discrete, Episode, Field, Spec
 from offline_cai.data.trajectories import Trajectories
-from offline_cai.errors import UserError
+from offline_cai.errors import Notice, UserError
 from offline_cai.evaluation.offpolicy import OffPolicy, fitted_q, importance
 
 pytestmark = pytest.mark.filterwarnings("ignore::offline_cai.errors.Notice")
@@ -116,6 +116,13 @@ def test_the_behaviour_itself_weighs_all_alike_and_one_heavy_episode_is_told() -
     assert heavy.effective == pytest.approx(1) and heavy.episodes.value == pytest.approx(2)
     assert heavy.decisions.value == pytest.approx((1 + 4) / 2 + 0.5 * 2), "before the heavy step all weigh alike"
     assert np.isfinite([heavy.decisions.low, heavy.decisions.high, heavy.episodes.low]).all()
+
+
+def test_too_few_steps_for_the_discount_are_said() -> None:
+    chain = Chain()
+    data = Trajectories.from_episodes(SPEC, chain.episodes(5, 8, np.full((STATES, ACTIONS), 0.5), seed=1))
+    with pytest.warns(Notice, match="has not settled: 37% of its first error may be left; take more steps"):
+        fitted_q(data, lambda obs: np.zeros((len(obs), 1)), OffPolicy(steps=20, hidden=()), discount=0.0)
 
 
 def test_a_discount_of_one_is_refused() -> None:
