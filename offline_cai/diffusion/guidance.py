@@ -14,6 +14,10 @@ evidence in nats, the exact belief is p(x_0 | x_k) exp(J(x_0)), whose normaliser
 | `best_of` | the best of K unguided samples | none | |
 
 Evidence that was learned for noised rows (`noisy`) serves the first two; the others want evidence about x_0.
+
+The papers of the first three move the mean by DDPM's posterior variance times a gradient, and so do these where the
+sampler is DDPM. With less noise (DDIM's eta, DPM-Solver++) the same evidence moves it less: an ordinary differential
+equation carries half of the score that the stochastic one does (Song et al. 2021b, equation 13).
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ LEAST = 0.1  # of the posterior's precision in a direction where the evidence is
 def at_noisy(
     denoise: Denoise, x: Tensor, step: Step, *, evidence: Evidence, temperature: float, repeats: int = 1
 ) -> Guided:
-    """x_k moved by posterior variance · ∇J(x_k), `repeats` times, then denoised (Janner et al. 2022, their code).
+    """x_k moved by `_reach` · ∇J(x_k), `repeats` times, then denoised (Janner et al. 2022, their code).
 
     Evidence about x_0 is read as if x_k were x_0.
     """
@@ -46,24 +50,26 @@ def at_noisy(
     moved = x
     for _ in range(repeats):
         value, slope = _slope(lambda y: evidence(y, step.k, temperature), moved)
-        moved = step.known.impose(moved + step.posterior_variance * slope)
+        moved = step.known.impose(moved + _reach(step) * slope)
     clean = denoise(moved, step.k)
     shifted = clean + step.direction / (1 - step.abar).sqrt() / step.clean * (moved - x)
     return _steered(clean, shifted, value, step)
 
 
 def at_mean(denoise: Denoise, x: Tensor, step: Step, *, evidence: Evidence, temperature: float) -> Guided:
-    """The mean of the step moved by posterior variance · ∇J there (Dhariwal and Nichol 2021, algorithm 1)."""
+    """The mean of the step moved by `_reach` · ∇J there (Dhariwal and Nichol 2021, algorithm 1)."""
     _check(evidence, temperature)
     clean = denoise(x, step.k)
     mean, k = step.known.impose(step.mean(x, clean)), torch.full_like(step.k, max(step.following, 0))
     value, slope = _slope(lambda y: evidence(y, k, temperature), mean)
-    return _steered(clean, clean + step.posterior_variance / step.clean * slope, value, step)
+    return _steered(clean, clean + _reach(step) / step.clean * slope, value, step)
 
 
 def through_denoiser(denoise: Denoise, x: Tensor, step: Step, *, evidence: Evidence, temperature: float) -> Guided:
     """The mean of the step moved by posterior variance · ∇ J(D(x_k, k)), by a backward pass through the network.
 
+    At eta below 1 it is the estimate that moves, by (1 - abar) / sqrt(abar) · ∇ J(D(x_k, k)): Tweedie's formula for
+    x_k whose score is the model's and this gradient.
     What a value network that was trained to perfection by regression does (Diffuser's, for a J that is linear).
     """
     _check(evidence, temperature, clean=True)
@@ -75,7 +81,8 @@ def through_denoiser(denoise: Denoise, x: Tensor, step: Step, *, evidence: Evide
 
     value, slope = _slope(of_estimate, x)
     clean = found[-1].detach()
-    return _steered(clean, clean + step.posterior_variance / step.clean * slope, value, step)
+    reach = step.posterior_variance / step.clean if step.eta == 1 else (1 - step.abar) / step.abar.sqrt()
+    return _steered(clean, clean + reach * slope, value, step)
 
 
 def corrected(
@@ -183,6 +190,11 @@ def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Ten
         value = function(leaf)
         (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True, materialize_grads=True)
     return value.detach(), slope
+
+
+def _reach(step: Step) -> Tensor:
+    """By how much a gradient of log-evidence moves the mean of a step, []."""
+    return (1 + step.eta**2) / 2 * step.posterior_variance
 
 
 def _steered(clean: Tensor, shifted: Tensor, value: Tensor, step: Step) -> Guided:

@@ -49,6 +49,7 @@ class Step(NamedTuple):
     direction: Tensor  # []: of the noise that x seems to hold in the mean of x_next
     variance: Tensor  # [], of x_next given x and x_0
     posterior_variance: Tensor  # [], DDPM's, whatever `variance` is
+    eta: float  # of DDIM: 1 is DDPM, 0 the ordinary differential equation
     analytic: bool  # whether the spread of x_0 goes into the noise
     residual: Spread | None
     known: Known
@@ -136,7 +137,7 @@ def walk(
             variance = 1 - a / b
         analytic = reverse_variance == "analytic"
         left = None if residual is None else residual.at(level)
-        yield Step(number, level, following, a, b, direction, variance, posterior, analytic, left, known)
+        yield Step(number, level, following, a, b, direction, variance, posterior, eta, analytic, left, known)
 
 
 def bounded(denoiser: Denoise, known: Known, clip: float | None) -> Denoise:

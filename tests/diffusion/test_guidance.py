@@ -16,7 +16,7 @@ from offline_cai.diffusion.residual import Residual
 from offline_cai.diffusion.sampler import Guide, ddim, ddpm, dpm_solver, unguided, walk
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
-from tests.diffusion.conftest import HORIZON, WIDTH, Problem
+from tests.diffusion.conftest import HORIZON, WIDTH, Problem, make_problem
 
 F64 = torch.float64
 
@@ -93,6 +93,29 @@ def test_a_network_s_gradient_is_the_chain_rule(problem: Problem) -> None:
     torch.testing.assert_close(moved, step.posterior_variance * slope, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["at_noisy", "at_mean", "through_denoiser", "corrected"])
+def test_with_any_noise_a_linear_reward_moves_the_mean_as_far_as_bayes(name: str) -> None:
+    """In many steps, given the exact evidence of x_k where a guide reads it there: DDIM at each eta, not DDPM alone."""
+    problem, levels, temperature = make_problem(False, 256), 256, 0.5
+    d, weight = problem.denoiser, torch.zeros(HORIZON, WIDTH, dtype=F64)
+    weight[-1, 0] = 1.0
+    wanted = d.law.covariance @ weight.flatten() / temperature
+
+    def earned(x: Tensor) -> Tensor:
+        return (x * weight).sum((1, 2))
+
+    learned = Learned(lambda x, k, t: earned(d(x, k)) / t, made_for="")  # but for a constant
+    evidence = learned if name in ("at_noisy", "at_mean") else Return(earned, quadratic=True)
+    guide = partial(guidance.GUIDES[name], evidence=evidence, temperature=temperature)
+    for eta in (0.0, 0.5, 1.0):
+        options = {"residual": d.residual, "eta": eta}
+        mean, plain = (
+            propagate(d, problem.schedule, d.known(1), levels, guide=g, **options)[0]  # type: ignore[arg-type]
+            for g in (guide, unguided)
+        )
+        assert float((mean - plain) @ wanted / wanted.square().sum()) == pytest.approx(1, abs=0.1), eta
+
+
 @pytest.mark.parametrize("name", ["ddim", "dpm_solver"])
 def test_deterministic_samplers_follow_the_guide_too(problem: Problem, name: str) -> None:
     d, n, f = problem.denoiser, 2000, problem.free
@@ -134,8 +157,6 @@ def posterior_of_last(problem: Problem, temperature: float) -> tuple[float, floa
 
 
 def test_newton_steps_reach_a_reward_that_is_not_quadratic() -> None:
-    from tests.diffusion.conftest import make_problem
-
     problem, n, temperature = make_problem(last=False), 1000, 0.8
     d, (mean, deviation) = problem.denoiser, posterior_of_last(make_problem(last=False), temperature)
     errors = []
