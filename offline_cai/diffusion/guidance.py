@@ -53,7 +53,7 @@ def at_noisy(
         moved = step.known.impose(moved + _reach(step) * slope)
     clean = denoise(moved, step.k)
     shifted = clean + step.direction / (1 - step.abar).sqrt() / step.clean * (moved - x)
-    return _steered(clean, shifted, value, step)
+    return _steered(clean, shifted, value, step)._replace(prior=None)
 
 
 def at_mean(denoise: Denoise, x: Tensor, step: Step, *, evidence: Evidence, temperature: float) -> Guided:

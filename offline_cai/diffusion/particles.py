@@ -17,7 +17,17 @@ from offline_cai import seeding
 from offline_cai.core import Known
 from offline_cai.diffusion.evidence import Evidence
 from offline_cai.diffusion.residual import Residual
-from offline_cai.diffusion.sampler import Belief, Denoise, Guide, Guided, ReverseVariance, bounded, first_noise, walk
+from offline_cai.diffusion.sampler import (
+    Belief,
+    Denoise,
+    Guide,
+    Guided,
+    ReverseVariance,
+    bounded,
+    first_noise,
+    unguided,
+    walk,
+)
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
 from offline_cai.inference.smc import effective_sample_size, systematic
@@ -102,8 +112,9 @@ def sequential(
             log_evidence = torch.where(few, log_evidence + mean, log_evidence)
             log_weight = torch.where(few[:, None], 0.0, log_weight)
             resampled = resampled + few
-        prior, proposal = step.spread(guided.prior), step.spread(guided.posterior)
-        expected = step.mean(x, guided.prior.mean)
+        unsteered = unguided(denoise, x, step).posterior if guided.prior is None else guided.prior
+        prior, proposal = step.spread(unsteered), step.spread(guided.posterior)
+        expected = step.mean(x, unsteered.mean)
         if prior is None:
             x = known.impose(expected)
             ratio = torch.zeros_like(guided.log_evidence)
@@ -130,7 +141,8 @@ def _select(guided: Guided, index: Tensor) -> Guided:
     def of(belief: Belief) -> Belief:
         return Belief(belief.mean[index], None if belief.spread is None else belief.spread.select(index))
 
-    return Guided(of(guided.prior), of(guided.posterior), guided.log_evidence[index])
+    prior = None if guided.prior is None else of(guided.prior)
+    return Guided(prior, of(guided.posterior), guided.log_evidence[index])
 
 
 def _explained(log_weight: Tensor) -> None:

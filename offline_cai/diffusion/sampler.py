@@ -33,7 +33,7 @@ class Belief(NamedTuple):
 class Guided(NamedTuple):
     """What a guide makes of x_k: the denoiser's belief, and the belief and the worth of x_k given the evidence."""
 
-    prior: Belief
+    prior: Belief | None  # None: the guide did not ask the denoiser at x_k itself
     posterior: Belief
     log_evidence: Tensor  # [N] nats, the guide's estimate of log E[exp(evidence of x_0) | x_k]
 
