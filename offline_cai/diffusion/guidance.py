@@ -112,8 +112,15 @@ def jacobian(
     """`corrected` with Cov[x_0 | x_k] = (1 - abar) / sqrt(abar) ∂D/∂x_k of each sample, by d Jacobian-vector products.
 
     To compare with: it costs d passes, and at high noise it amplifies the network's errors by 1 / sqrt(abar).
+
+    Raises:
+        UserError: the plans do not know the same numbers; evidence for noised rows.
     """
     _check(evidence, temperature, clean=True)
+    if (step.known.mask != step.known.mask[:1]).any():
+        raise UserError("jacobian guidance takes plans of which the same numbers are known: sample them apart.")
+    if step.known.mask.all():
+        return unguided(denoise, x, step)
     free = (~step.known.mask[0]).flatten().nonzero()[:, 0]
     columns, clean = [], denoise(x, step.k)
     for number in free:

@@ -27,11 +27,11 @@ class Spread(NamedTuple):
     basis: Tensor  # [d, r] or [N, d, r], orthonormal columns, zero where a number is known
     root: Tensor  # [r, r] or [N, r, r]: the covariance within the span is root · rootᵀ
     outer: Tensor  # [], the variance beside the span
-    free: Tensor  # [d], 1.0 where a number is free, 0.0 where it is known
+    free: Tensor  # [d] or [N, d], 1.0 where a number is free, 0.0 where it is known
 
     @staticmethod
     def isotropic(variance: Tensor, free: Tensor) -> Spread:
-        return Spread(free.new_zeros(len(free), 0), free.new_zeros(0, 0), variance, free)
+        return Spread(free.new_zeros(free.shape[-1], 0), free.new_zeros(0, 0), variance, free)
 
     @property
     def factor(self) -> Tensor:
@@ -40,7 +40,7 @@ class Spread(NamedTuple):
 
     def matrix(self) -> Tensor:
         """The covariance [.., d, d]."""
-        beside = torch.diag(self.free) - self.basis @ self.basis.mT
+        beside = torch.diag_embed(self.free) - self.basis @ self.basis.mT
         return self.factor @ self.factor.mT + self.outer * beside
 
     def scaled(self, weight: Tensor, variance: Tensor) -> Spread:
@@ -69,14 +69,15 @@ class Spread(NamedTuple):
         total = -0.5 * white.square().sum(-1) - torch.linalg.slogdet(self.root).logabsdet
         if self.outer > 0:
             beside = flat.square().mul(self.free).sum(-1) - inside.square().sum(-1)
-            count = self.free.sum() - self.basis.shape[-1]
+            count = self.free.sum(-1) - self.basis.shape[-1]
             total = total - 0.5 * (beside / self.outer + count * self.outer.log())
         return total
 
     def select(self, index: Tensor) -> Spread:
         """Of the particles at `index`, where the covariance is one of each particle's own."""
         basis = self.basis[index] if self.basis.ndim == 3 else self.basis
-        return self._replace(basis=basis, root=self.root[index] if self.root.ndim == 3 else self.root)
+        free = self.free[index] if self.free.ndim == 2 else self.free
+        return self._replace(basis=basis, root=self.root[index] if self.root.ndim == 3 else self.root, free=free)
 
 
 def _rows(x: Tensor, matrix: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Step(NamedTuple):
             return belief.spread.scaled(self.clean, self.variance)
         if self.variance == 0:
             return None
-        return Spread.isotropic(self.variance, (~self.known.mask[0]).flatten().to(self.known.value))
+        return Spread.isotropic(self.variance, (~self.known.mask).flatten(1).to(self.known.value))
 
 
 Guide = Callable[[Denoise, Tensor, Step], Guided]

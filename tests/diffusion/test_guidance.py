@@ -245,6 +245,18 @@ def test_guides_say_what_they_need(problem: Problem) -> None:
     assert sample(partial(guidance.at_mean, evidence=learned, temperature=1.0)).isfinite().all()
 
 
+def test_the_network_s_own_covariance_is_of_plans_that_know_the_same(problem: Problem) -> None:
+    d, key = problem.denoiser, seeding.keys(0, 0, torch.arange(2))
+    guide = partial(guidance.jacobian, **problem.evidence)
+    known = d.known(2)
+    mask = known.mask.clone()
+    mask[1, 1] = True
+    with pytest.raises(UserError, match="the same numbers are known"):
+        ddpm(d, problem.schedule, Known(known.value, mask), key, None, steps=2, guide=guide)
+    everything = Known(known.value, torch.ones_like(mask))
+    assert torch.equal(ddpm(d, problem.schedule, everything, key, None, steps=2, guide=guide), known.value)
+
+
 def test_known_rows_are_not_steered(problem: Problem) -> None:
     d, key = problem.denoiser, seeding.keys(0, 0, torch.arange(2))
     known = d.known(2)

@@ -219,6 +219,17 @@ def test_a_plan_depends_on_its_own_key_only() -> None:
     assert torch.equal(ddpm(bend, Schedule(8), one, KEY[1:2]), both[1:2])
 
 
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_plans_may_know_different_numbers(variance: ReverseVariance) -> None:
+    """Each has noise in what it does not know, whatever its company knows."""
+    mask = torch.zeros(SHAPE, dtype=torch.bool)
+    mask[0, :3] = mask[1, 0, 1] = True
+    together = ddpm(bend, Schedule(8), Known(NOTHING.value, mask), KEY, reverse_variance=variance)
+    for i in range(3):
+        alone = Known(NOTHING.value[i : i + 1], mask[i : i + 1])
+        assert torch.equal(ddpm(bend, Schedule(8), alone, KEY[i : i + 1], reverse_variance=variance)[0], together[i])
+
+
 def test_the_reverse_variance_is_one_of_three(problem: Problem) -> None:
     d, key = problem.denoiser, seeding.keys(0, 0, torch.arange(1))
     with pytest.raises(UserError, match="reverse_variance is 'optimal'; take posterior, beta or analytic"):
