@@ -160,6 +160,26 @@ class ConstraintInUnits:
         return torch.cat([x[..., : self.codec.actions], obs], -1)
 
 
+def project(constraints: Sequence[Constraint], known: Known, x: Tensor) -> Tensor:
+    """x [N, R, D] moved until all constraints hold, within SLACK, with what is known in its place.
+
+    Onto one constraint after the other, round and round: the nearest point for a single one, a near one for several.
+
+    Raises:
+        UserError: ROUNDS of it do not get there.
+    """
+    x = known.impose(x)
+    for _ in range(ROUNDS):
+        for constraint in constraints:
+            x = known.impose(constraint.project(x))
+        if all(bool((c.violation(x) <= SLACK * c.width).all()) for c in constraints):
+            return x
+    raise UserError(
+        f"projecting onto {len(constraints)} constraints in turn does not meet all of them in {ROUNDS} rounds: loosen "
+        "one, or let them count as barriers (planner.evidence.project: false)."
+    )
+
+
 def check_feasible(constraints: Sequence[Constraint], known: Known) -> None:
     """Whether each row can satisfy all constraints and what is known of it: by projecting onto one after the other.
 

@@ -22,13 +22,13 @@ equation carries half of the score that the stochastic one does (Song et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from offline_cai.core import Denoiser
-from offline_cai.diffusion.constraints import Constraint
+from offline_cai.diffusion.constraints import Constraint, project
 from offline_cai.diffusion.evidence import Evidence
 from offline_cai.diffusion.residual import FLOOR, Spread
 from offline_cai.diffusion.sampler import Belief, Denoise, Guide, Guided, Step, unguided
@@ -137,14 +137,14 @@ def jacobian(
     return _weighed(Belief(clean, spread), evidence, temperature, newton)
 
 
-def projected(denoise: Denoise, x: Tensor, step: Step, *, guide: Guide, constraint: Constraint) -> Guided:
-    """Another guide's belief with its mean moved to the nearest point where the constraint holds.
+def projected(denoise: Denoise, x: Tensor, step: Step, *, guide: Guide, constraints: Sequence[Constraint]) -> Guided:
+    """Another guide's belief with its mean moved to where all constraints hold (`constraints.project`).
 
-    The last step adds no noise to it, so that the samples satisfy the constraint exactly.
+    The last step adds no noise to it, so that the samples satisfy them as the mean does.
     """
     guided = guide(denoise, x, step)
     mean, spread = guided.posterior
-    inside = Belief(step.known.impose(constraint.project(mean)), spread if step.following >= 0 else None)
+    inside = Belief(project(constraints, step.known, mean), spread if step.following >= 0 else None)
     return guided._replace(posterior=inside)
 
 

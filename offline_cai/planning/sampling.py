@@ -45,7 +45,7 @@ class EvidenceConfig:
     half_spaces: tuple[HalfSpace, ...] = ()
     """Half-spaces to stay in: {columns: [0, 1], normal: [1, 0], offset: 2, width: 0.1}, normal . x <= offset."""
     project: bool = False
-    """Move every estimate to the nearest point that the constraints allow, instead of a barrier at their border."""
+    """Move every estimate to a near point that all constraints allow, instead of a barrier at their borders."""
 
     @property
     def constraints(self) -> tuple[Inside | Outside | HalfSpace, ...]:
@@ -234,8 +234,8 @@ def _guide(model: Model, known: Known, c: PlannerConfig, temperature: float) -> 
     constraints = [ConstraintInUnits(model.codec, constraint) for constraint in c.evidence.constraints]
     if constraints:
         check_feasible(constraints, known)
-    for constraint in constraints if c.evidence.project else ():
-        guide = partial(projected, guide=guide, constraint=constraint)
+    if constraints and c.evidence.project:
+        guide = partial(projected, guide=guide, constraints=constraints)
     return guide
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from offline_cai import seeding
 from offline_cai.core import Known
 from offline_cai.diffusion import guidance
-from offline_cai.diffusion.constraints import Inside, Outside
+from offline_cai.diffusion.constraints import Constraint, HalfSpace, Inside, Outside
 from offline_cai.diffusion.evidence import Learned, Return
 from offline_cai.diffusion.exact import ExactDenoiser, propagate
 from offline_cai.diffusion.residual import Residual
@@ -207,12 +207,37 @@ def test_the_best_of_some_has_the_most_evidence() -> None:
 
 def test_projected_samples_keep_the_constraint_and_what_is_known(problem: Problem) -> None:
     d, box = problem.denoiser, Inside(columns=(0,), low=(-0.9,), high=(0.7,), width=0.1)
-    guide = partial(guidance.projected, guide=partial(guidance.corrected, **problem.evidence), constraint=box)
+    guide = partial(guidance.projected, guide=partial(guidance.corrected, **problem.evidence), constraints=[box])
     options = {"reverse_variance": "analytic", "guide": guide, "residual": d.residual}
     key = seeding.keys(2, 0, torch.arange(64))
     x = ddpm(d, problem.schedule, d.known(64), key, None, steps=16, **options)  # type: ignore[arg-type]
     assert float(box.violation(x).max()) <= 1e-12 and (x.flatten(1)[:, ~problem.free] == d.value[d.mask]).all()
     assert x[:, 2, 0].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        [
+            Inside(columns=(0, 1), low=(-1.0, -1.0), high=(1.0, 1.0), width=0.1),
+            HalfSpace(columns=(0, 1), normal=(1.0, 1.0), offset=-0.9, width=0.1),
+        ],
+        [Outside(columns=(0, 1), centre=(x, 0.0), radius=0.6, width=0.1) for x in (0.0, 0.7)],
+    ],
+    ids=["convex", "circles"],
+)
+def test_projected_samples_keep_all_constraints_at_once(constraints: list[Constraint]) -> None:
+    """Each alone is left again by projecting onto the next."""
+    problem = make_problem(last=False)
+    d, key = problem.denoiser, seeding.keys(2, 0, torch.arange(64))
+    known = Known(0 * d.value.expand(64, -1, -1), torch.zeros(64, HORIZON, WIDTH, dtype=torch.bool))
+    guide = partial(guidance.projected, guide=unguided, constraints=constraints)
+    x = ddpm(d, problem.schedule, known, key, None, steps=8, guide=guide)
+    assert max(float(c.violation(x).max()) for c in constraints) <= 1e-4
+    once = x
+    for constraint in constraints:
+        once = constraint.project(ddpm(d, problem.schedule, known, key, None, steps=8))
+    assert max(float(c.violation(once).max()) for c in constraints) > 0.1
 
 
 def test_a_barrier_moves_samples_out_of_the_circle(problem: Problem) -> None:

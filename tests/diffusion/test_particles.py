@@ -152,7 +152,7 @@ def test_what_cannot_be_weighed_is_said(problem: Problem) -> None:
         run(problem, unguided, 1, 0)
     box = Inside(columns=(0,), low=(-1.0,), high=(1.0,), width=0.1)
     with pytest.raises(UserError, match="it projects"):
-        run(problem, partial(guidance.projected, guide=unguided, constraint=box), 1, 4)
+        run(problem, partial(guidance.projected, guide=unguided, constraints=[box]), 1, 4)
     never = Return(lambda x: torch.full_like(x[:, 0, 0], -float("inf")))
     with pytest.raises(UserError, match="no particle of plan 0 explains the evidence"):
         run(problem, unguided, 1, 4, evidence=never)

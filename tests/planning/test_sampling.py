@@ -80,9 +80,11 @@ def test_constraints_hold_where_they_are_projected() -> None:
     box = Inside(columns=(0,), low=(-1.0,), high=(1.0,), width=0.1)
     circle = Outside(columns=(0, 1), centre=(0.0, 0.0), radius=0.5, width=0.1)
     half = HalfSpace(columns=(1,), normal=(1.0,), offset=0.0, width=0.1)
-    evidence = EvidenceConfig(inside=(box,), half_spaces=(half,), project=True)
+    slope = HalfSpace(columns=(0, 1), normal=(1.0, 1.0), offset=-1.5, width=0.1)
+    evidence = EvidenceConfig(inside=(box,), half_spaces=(half, slope), project=True)
     raw = SCALE * draw(model(), *nothing(50), PlannerConfig(sampler="ddpm", steps=8, evidence=evidence)).x
-    assert float(raw[..., 0].abs().max()) <= 1 + 1e-6 and float(raw[..., 1].max()) <= 1e-6
+    assert float(raw[..., 0].abs().max()) <= 1 + 1e-4 and float(raw[..., 1].max()) <= 1e-4
+    assert float(raw.sum(-1).max()) <= -1.5 + 2e-4
     soft = EvidenceConfig(outside=(circle,))
     settings = PlannerConfig(sampler="ddpm", steps=8, guide="through_denoiser", evidence=soft, candidates=8)
     raw = SCALE * draw(model(), *nothing(50), settings).x
