@@ -112,15 +112,18 @@ def walk(
     """The reverse steps of a sampler, from noise to clean data.
 
     `reverse_variance` is the noise that a step adds. `posterior` is the variance of x_next given x and x_0, times eta²;
-    `beta` is the forward process's own (both: Ho et al. 2020, section 3.2); `analytic` adds to the first what the
+    `beta` is the forward process's own, for eta 1 (both: Ho et al. 2020, section 3.2); `analytic` adds to the first what the
     residual covariance says of x_0, which is the optimum (Bao et al. 2022, theorem 1) and exact for Gaussian data. The
     last step is free of noise but for `analytic`.
 
     Raises:
-        UserError: the residual covariance is missing, or belongs to other rows, levels or conditions.
+        UserError: the residual covariance is missing, or belongs to other rows, levels or conditions; beta with less
+            noise than DDPM.
     """
     if reverse_variance not in ("posterior", "beta", "analytic"):
         raise UserError(f"reverse_variance is {reverse_variance!r}; take posterior, beta or analytic.")
+    if reverse_variance == "beta" and eta != 1:
+        raise UserError(f"reverse_variance beta is the noise of ddpm's steps, but eta is {eta}: set eta to 1, or posterior.")
     if reverse_variance == "analytic" and residual is None:
         raise UserError("reverse_variance is analytic, but no residual covariance is given: see residual.measure.")
     if residual is not None:

@@ -99,10 +99,10 @@ class PlannerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.replan is not None and self.replan < 1):
             raise UserError(f"planner: steps ({self.steps}) and replan ({self.replan}) have to be at least 1.")
-        if not 0 <= self.target <= 1 or not self.condition_weight >= 0:
+        if not 0 <= self.target <= 1 or not 0 <= self.condition_weight < float("inf"):
             raise UserError(
                 f"planner: target ({self.target}) is a quantile from 0 to 1, and condition_weight "
-                f"({self.condition_weight}) is at least 0."
+                f"({self.condition_weight}) a number of at least 0."
             )
         for name in ("temperature", "kl_budget"):
             value = getattr(self, name)
@@ -116,6 +116,16 @@ class PlannerConfig:
             )
         if not 0 <= self.eta <= 1:
             raise UserError(f"planner.eta is {self.eta}; it is from 0 to 1.")
+        if self.sampler == "dpm" and self.reverse_variance != "posterior":
+            raise UserError(
+                f"planner.reverse_variance is {self.reverse_variance}, but dpm's steps have no noise: set "
+                "planner.sampler to ddpm, or leave it at posterior."
+            )
+        if self.sampler == "ddim" and self.reverse_variance == "beta" and self.eta < 1:
+            raise UserError(
+                f"planner.reverse_variance beta is the noise of ddpm's steps, but planner.eta is {self.eta}: set "
+                "planner.sampler to ddpm."
+            )
         if self.kl_samples < 2:
             raise UserError(f"planner.kl_samples is {self.kl_samples}; it takes two samples or more to compare.")
         if self.particles > 1 and self.sampler != "ddpm":

@@ -163,12 +163,13 @@ def test_the_analytic_variance_is_right_at_any_number_of_steps_and_the_others_ar
     whole = d.residual
     one = Residual(whole.basis[:, :, :0], whole.variance[:, :0], whole.variance.mean(1), whole.mask)
 
-    def kl(steps: int, variance: ReverseVariance, residual: Residual | None = None) -> float:
-        options = {"reverse_variance": variance, "residual": residual}
+    def kl(steps: int, variance: ReverseVariance, residual: Residual | None = None, eta: float = 1.0) -> float:
+        options = {"reverse_variance": variance, "residual": residual, "eta": eta}
         return problem.kl(*propagate(d, problem.schedule, d.known(1), steps, **options), d.law)  # type: ignore[arg-type]
 
     for steps in (1, 4, 64):
         assert kl(steps, "analytic", whole) < 1e-6
+        assert kl(steps, "analytic", whole, eta=0.3) < 1e-6
     assert 1e-4 < kl(64, "analytic", one) < 0.5 * kl(64, "posterior") and kl(64, "beta") < kl(64, "posterior")
     assert kl(64, "analytic", one) < kl(16, "analytic", one)
 
@@ -234,6 +235,8 @@ def test_the_reverse_variance_is_one_of_three(problem: Problem) -> None:
     d, key = problem.denoiser, seeding.keys(0, 0, torch.arange(1))
     with pytest.raises(UserError, match="reverse_variance is 'optimal'; take posterior, beta or analytic"):
         ddpm(d, problem.schedule, d.known(1), key, reverse_variance="optimal")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"beta is the noise of ddpm's steps, but eta is 0\.5"):
+        ddim(d, problem.schedule, d.known(1), key, 4, 0.5, reverse_variance="beta")
     with pytest.raises(UserError, match="analytic, but no residual covariance is given"):
         ddpm(d, problem.schedule, d.known(1), key, reverse_variance="analytic")
     with pytest.raises(UserError, match="measured on 64 noise levels, but this schedule has 32"):

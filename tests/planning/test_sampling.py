@@ -150,6 +150,9 @@ def test_what_cannot_be_done_is_named() -> None:
         ({"kl_samples": 1}, "two samples"),
         ({"target": 1.5}, "quantile from 0 to 1"),
         ({"eta": -0.1}, "eta"),
+        ({"condition_weight": math.inf}, "a number of at least 0"),
+        ({"sampler": "dpm", "reverse_variance": "analytic"}, "dpm's steps have no noise"),
+        ({"reverse_variance": "beta"}, "eta is 0.0: set planner.sampler to ddpm"),
     ):
         with pytest.raises(UserError, match=words):
             PlannerConfig(**changes)  # type: ignore[arg-type]
