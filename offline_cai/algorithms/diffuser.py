@@ -104,6 +104,13 @@ class DiffuserConfig:
             )
         if self.condition_dropout is not None and not 0 <= self.condition_dropout < 1:
             raise UserError(f"condition_dropout is {self.condition_dropout}; it is a share in [0, 1), or null.")
+        told = self.planner.target != PlannerConfig.target or self.planner.condition_weight != 1
+        if self.condition_dropout is None and told:
+            raise UserError(
+                f"planner.target ({self.planner.target}) and planner.condition_weight ({self.planner.condition_weight}) "
+                "are for a model that is told the return, and this one is trained without: set condition_dropout (0.25, "
+                "say) and train, or leave them out."
+            )
         if self.condition_dropout == 0 and self.planner.condition_weight != 1:
             raise UserError("planner.condition_weight needs an unconditional estimate: set condition_dropout above 0.")
         if self.planner.needs_residual and not self.residual_windows:
@@ -164,7 +171,8 @@ class Diffuser(Algorithm):
 
     def _require_planner(self) -> None:
         c, width = self.config, len(self.codec.columns)
-        self._require_rows("planner.rows", c.planner.rows or c.rows)
+        rows = c.planner.rows or c.rows
+        self._require_rows("planner.rows", rows)
         evidence = c.planner.evidence
         for name, used in (
             ("goal_columns", c.goal_columns if c.goal_field else ()),
@@ -175,6 +183,12 @@ class Diffuser(Algorithm):
                 raise UserError(
                     f"{name} are {list(used)}, but fields {list(c.fields)} make {width} columns: take numbers from 0 "
                     f"to {width - 1}."
+                )
+        for goal in evidence.goals:
+            if goal.row is not None and not -rows <= goal.row < rows:
+                raise UserError(
+                    f"planner.evidence: a goal is for row {goal.row}, but plans have {rows} rows: take 0 to {rows - 1}, "
+                    "or -1 for the last."
                 )
 
     def _require_rows(self, name: str, rows: int) -> None:

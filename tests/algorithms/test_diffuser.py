@@ -10,8 +10,9 @@ from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig
 from offline_cai.core import Episode, Known, Loss, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
+from offline_cai.diffusion.evidence import Goal
 from offline_cai.errors import UserError
-from offline_cai.planning.sampling import PlannerConfig
+from offline_cai.planning.sampling import EvidenceConfig, PlannerConfig
 from offline_cai.planning.tracking import Tracker
 
 SMALL = DiffuserConfig(rows=4, stride=2, channels=8, multipliers=(1, 2), levels=8)
@@ -119,6 +120,10 @@ def test_the_sampler_of_the_config_is_used(store: Trajectories) -> None:
     assert len(diffuser.denoising(obs, key, 4)) == 5
 
 
+def goal(row: int) -> EvidenceConfig:
+    return EvidenceConfig(goals=(Goal((0.0,), (0,), width=1.0, row=row),))
+
+
 def test_sizes_and_goals_that_do_not_fit_are_named(spec: Spec) -> None:
     with pytest.raises(UserError, match=r"rows is 5.*multiple of 2"):
         Diffuser(spec, dataclasses.replace(SMALL, rows=5))
@@ -139,6 +144,10 @@ def test_sizes_and_goals_that_do_not_fit_are_named(spec: Spec) -> None:
         ({"residual_windows": -1}, "at least 0"),
         ({"condition_dropout": 1.0}, "condition_dropout is 1"),
         ({"condition_dropout": 0.0, "planner": PlannerConfig(condition_weight=2.0)}, "unconditional estimate"),
+        ({"planner": PlannerConfig(condition_weight=3.0)}, r"condition_weight \(3.0\) are for a model that is told"),
+        ({"planner": PlannerConfig(target=0.5)}, r"target \(0.5\) .* trained without"),
+        ({"planner": PlannerConfig(evidence=goal(4))}, "a goal is for row 4, but plans have 4 rows: take 0 to 3"),
+        ({"planner": PlannerConfig(evidence=goal(-9), rows=8)}, "a goal is for row -9, but plans have 8 rows"),
         ({"planner": PlannerConfig(tracker=Tracker(position=(0, 7)))}, "make 4 columns"),
     ):
         with pytest.raises(UserError, match=word):
