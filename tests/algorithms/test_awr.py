@@ -82,8 +82,8 @@ def test_the_hotter_the_nearer_to_the_prior(small: SimpleNamespace) -> None:
 def test_values_are_zero_after_true_ends_alone(small: SimpleNamespace, terminal: bool) -> None:
     """Three rewards of 1, V = 5 everywhere, discount .9, lambda .5: by the definition of the n-step mixture."""
     awr = AWR(small.choices(2, 2), AWRConfig(hidden=(), trace=0.5, horizon=3, discount=0.9, normaliser="none"))
-    torch.nn.init.constant_(awr.value.body[-1].bias, 5.0)
-    torch.nn.init.constant_(awr.value.body[-1].weight, 0.0)
+    torch.nn.init.constant_(awr.value.body.layers[-1][1], 5.0)
+    torch.nn.init.constant_(awr.value.body.layers[-1][0], 0.0)
     ends = torch.tensor([[False, False, terminal]])
     batch = small.windows(torch.zeros(1, 4, 2), torch.zeros(1, 3, 1), torch.ones(1, 3), ends)
     after = [5.0, 5.0, 0.0 if terminal else 5.0]

@@ -115,7 +115,7 @@ def test_of_a_gaussian_prior_and_a_quadratic_value_it_is_the_gaussian_posterior(
     with torch.no_grad():
         for parameter in actor.prior.parameters():
             parameter.zero_()
-        actor.prior.network.body[-1].bias.fill_(math.atanh(-0.1))  # type: ignore[union-attr, index, operator]
+        actor.prior.network.body.layers[-1][1].fill_(math.atanh(-0.1))  # type: ignore[union-attr, index, operator]
         actor.prior.network.log_std.fill_(math.log(0.2))  # type: ignore[union-attr, operator]
     actor.critic = Bowl()  # type: ignore[assignment]
     state = small.state_of(actor, steps=400, learning_rate=0.03)

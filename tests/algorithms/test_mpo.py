@@ -30,9 +30,10 @@ def table(small: SimpleNamespace, **settings: object) -> tuple[MPO, Batch]:
     torch.manual_seed(0)
     algorithm = MPO(small.choices(2, 4), MPOConfig(hidden=(), **settings))  # type: ignore[arg-type]
     with torch.no_grad():
-        for layer, values in ((algorithm.old.body[-1], PRIOR.log()), (algorithm.target.each[0][-1], Q)):
-            layer.weight.copy_(values.T)
-            layer.bias.zero_()
+        for network, values in ((algorithm.old.body, PRIOR.log()), (algorithm.target.each[0], Q)):
+            ((weight, bias),) = network.layers
+            weight.copy_(values)
+            bias.zero_()
         algorithm.actor.load_state_dict(algorithm.old.state_dict())
     return algorithm, small.bandit(np.ones((2, 4), dtype=int), Q.numpy())
 
@@ -59,7 +60,7 @@ def test_its_temperature_spends_the_budget(small: SimpleNamespace) -> None:
     state = small.state_of(algorithm, learning_rate=0.05, steps=200)
     for equal in (False, True):
         if equal:
-            algorithm.old.body[-1].weight.zero_()
+            algorithm.old.body.layers[-1][0].zero_()
         for step in range(200):
             state.set_learning_rates(step)
             spent = state(batch, "actor")["kl"]
@@ -156,7 +157,7 @@ def test_its_gradients_are_those_of_its_losses(kind: str, critic: str, small: Si
     torch.manual_seed(0)
     config = MPOConfig(hidden=(8,), horizon=3, temperature=0.5, critic=critic)  # type: ignore[arg-type]
     algorithm = MPO(getattr(small, kind)(3, 2), config)
-    algorithm.old.body[0].weight.mul_(0.5)
+    algorithm.old.body.layers[0][0].mul_(0.5)
     batch = window(small, algorithm.spec)
     small.assert_gradients(algorithm, batch, "critic", "critic.")
     small.assert_gradients(algorithm, batch, "actor", "actor.")

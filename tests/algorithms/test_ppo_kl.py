@@ -19,8 +19,9 @@ def build(small: SimpleNamespace, **settings: object) -> PPOKL:
     exact = {"hidden": (), "standardise": False, "minibatches": 1, **settings}
     algorithm = PPOKL(small.choices(2, 3), PPOKLConfig(**exact))  # type: ignore[arg-type]
     with torch.no_grad():
-        algorithm.actor.body[-1].weight.copy_(torch.tensor(COUNTS).log().T)
-        algorithm.actor.body[-1].bias.zero_()
+        ((weight, bias),) = algorithm.actor.body.layers
+        weight.copy_(torch.tensor(COUNTS).log())
+        bias.zero_()
     return algorithm
 
 
@@ -65,7 +66,7 @@ def test_clipped_ratios_gain_nothing_more(small: SimpleNamespace, float64: None)
     batch = small.bandit(COUNTS, VALUE)
     for a in (algorithm, free):
         a.old.load_state_dict(a.actor.state_dict())
-        a.actor.body[-1].bias.data[0] += 1.0
+        a.actor.body.layers[-1][1].data[0] += 1.0
     new, old = table(algorithm), COUNTS / COUNTS.sum(-1, keepdims=True)
     kl = (COUNTS.sum(-1) * (new * np.log(new / old)).sum(-1)).sum()
     ratio = new / old
@@ -80,7 +81,7 @@ def test_its_gradients_are_those_of_its_losses(kind: str, small: SimpleNamespace
     """Away from the previous policy, where the KL has a slope."""
     torch.manual_seed(0)
     algorithm = PPOKL(getattr(small, kind)(3, 2), PPOKLConfig(hidden=(8,), temperature=0.5))
-    algorithm.old.body[0].weight.mul_(0.5)
+    algorithm.old.body.layers[0][0].mul_(0.5)
     batch = small.random_batch(algorithm.spec, 16)
     for phase in ("actor", "value"):
         small.assert_gradients(algorithm, batch, phase, f"{phase}.")
@@ -92,7 +93,7 @@ def test_another_scale_of_the_value_is_the_same_function(small: SimpleNamespace)
     value.rescale(torch.tensor(50.0))
     torch.testing.assert_close(value(obs), before)
     value.rescale(torch.tensor(0.0))
-    assert value.scale == 50 and value.body[-1].weight.abs().max() < 0.1
+    assert value.scale == 50 and value.body.layers[-1][0].abs().max() < 0.1
 
 
 def test_wrong_settings_are_said() -> None:
