@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export MPLBACKEND := Agg
 
 .PHONY: help demo test lint format soak wheel clean bench bench-exactness bench-denoisers bench-data bench-processes \
-  bench-guidance-hopper
+  bench-guidance-hopper bench-updates
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -40,7 +40,7 @@ soak: $(READY)  ## Kill, damage and stop trainings, and compare what is resumed 
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak.py
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak_environments.py
 
-bench: bench-exactness bench-denoisers bench-data bench-processes bench-guidance-hopper  ## All benchmarks
+bench: bench-exactness bench-denoisers bench-data bench-processes bench-updates bench-guidance-hopper  ## All benchmarks
 
 bench-exactness: $(READY)  ## Exactness of the inference core, and of guided sampling against it
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_exactness.py
@@ -53,6 +53,10 @@ bench-data: $(READY)  ## Speed and memory of the data layer, against what it rep
 
 bench-processes: $(READY)  ## What sharing a step between two processes costs
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_processes.py
+
+bench-updates: $(READY)  ## Updates of SAC and IQL next to Stable-Baselines3's (which it installs)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_updates.py
 
 bench-guidance-hopper: $(READY)  ## Guided plans of hopper against a brute-force reweighting (collects and trains once)
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_guidance_hopper.py

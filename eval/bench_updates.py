@@ -1,10 +1,12 @@
-"""How fast actor-critics are updated: `python eval/bench_updates.py [--keep FILE] [--rounds N]`, with the extra `bench`.
+"""How fast actor-critics are updated: `python eval/bench_updates.py [--keep FILE] [--rounds N]`.
 
-The updates of SAC and IQL, as `offline-cai train` makes them (a batch from its source, `TrainingState.iterate`, a row of
-numbers), next to `train()` of Stable-Baselines3's SAC: batches of 256 of the same 200,000 transitions of Hopper's
-sizes, two hidden layers of 256, one thread. The floor is the matrix products of a SAC update by themselves. Prints the
-medians of CPU time and, as its last line, one JSON object: medians over rounds, in which all take turns, of
-Stable-Baselines3's CPU time over ours. Stable-Baselines3 has no IQL: that is compared with its SAC.
+It needs the extra `bench`.
+
+Updates of SAC and IQL as `offline-cai train` makes them (a batch from the source, `TrainingState.iterate`, its row of
+numbers), next to `train()` of Stable-Baselines3's SAC with its defaults: batches of 256 out of the same 200,000 random
+transitions of Hopper's sizes, two hidden layers of 256, one thread. The floor is the matrix products of a SAC update
+by themselves. Prints medians of CPU time and, as its last line, one JSON object: medians over rounds, in which all take
+turns, of Stable-Baselines3's CPU time over ours. It has no IQL, so that is compared with its SAC.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +26,6 @@ import torch
 from accelerate import Accelerator
 from stable_baselines3 import SAC as PeerSAC
 from stable_baselines3.common.logger import Logger
-from torch import Tensor
 
 from offline_cai.core import Episode
 from offline_cai.data.trajectories import Trajectories
@@ -84,13 +86,13 @@ class Products:
     """The matrix products of one network: forward, and backward to its weights, its inputs, or both."""
 
     def __init__(self, *widths: int) -> None:
-        self.weights = [torch.randn(a, b) * a**-0.5 for a, b in zip(widths, widths[1:], strict=False)]
+        self.weights = [torch.randn(a, b) * a**-0.5 for a, b in pairwise(widths)]
         self.x = [torch.randn(BATCH, width) for width in widths]
         self.back = [torch.randn(BATCH, width) for width in widths]
         self.gradient = [torch.empty_like(weight) for weight in self.weights]
 
     def forward(self) -> None:
-        for weight, x, y in zip(self.weights, self.x, self.x[1:], strict=False):
+        for weight, (x, y) in zip(self.weights, pairwise(self.x), strict=True):
             torch.mm(x, weight, out=y)
 
     def backward(self, weights: bool, inputs: bool) -> None:
