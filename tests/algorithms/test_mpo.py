@@ -91,7 +91,7 @@ def test_the_m_step_stays_within_its_limits(kind: str, limits: dict[str, float],
 
 
 def test_the_m_step_fits_mean_and_spread_each_by_itself(small: SimpleNamespace) -> None:
-    """One state, no limits: the weighted mean of u, and its weighted spread about the previous mean, not the new one."""
+    """One state, no limits: the weighted mean of u, and its weighted spread about the previous mean."""
     torch.manual_seed(0)
     algorithm = MPO(small.box(1, 1), MPOConfig(hidden=(), temperature=0.05, **NO_LIMITS))  # type: ignore[arg-type]
     batch = small.random_batch(algorithm.spec, 256)
