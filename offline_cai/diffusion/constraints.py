@@ -5,6 +5,7 @@ All of them look at some columns of a row, in the rows' units; `InUnits` puts th
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from torch.nn.functional import logsigmoid
 from offline_cai import seeding
 from offline_cai.core import Known
 from offline_cai.data.codec import Codec
-from offline_cai.diffusion.evidence import Evidence
+from offline_cai.diffusion.evidence import Evidence, require_finite
 from offline_cai.errors import UserError
 
 ROUNDS = 1000  # of projections in turn, before constraints count as contradictory
 STARTS = 16  # points that they begin from
+CENTRE = 1e-6  # of a circle's radius: nearer to its centre no direction leads out
 SLACK = 1e-3  # of a constraint's width: a violation that counts as none
 
 
@@ -46,7 +48,7 @@ class _Barrier:
     quadratic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.width > 0:
+        if not 0 < self.width < math.inf:
             raise UserError(f"the constraint's width is {self.width}; take a positive distance, its softness.")
 
     def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
@@ -77,6 +79,7 @@ class HalfSpace(_Barrier):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_each("normal", self.normal, self.columns)
+        require_finite("the half-space's normal and offset", *self.normal, self.offset)
         if not any(self.normal):
             raise UserError("the half-space's normal is zero: give the direction that it bounds.")
 
@@ -101,8 +104,11 @@ class Inside(_Barrier):
         _one_each("low", self.low, self.columns)
         _one_each("high", self.high, self.columns)
         for column, low, high in zip(self.columns, self.low, self.high, strict=True):
-            if not low <= high:
-                raise UserError(f"the box allows column {column} from {low} to {high}, which is nothing: swap them.")
+            if not low <= high or low == math.inf or high == -math.inf:
+                raise UserError(
+                    f"the box allows column {column} from {low} to {high}, which is nothing: give the lower number first "
+                    "(an infinite one leaves a side open)."
+                )
 
     def _outside(self, x: Tensor) -> Tensor:
         return torch.maximum(x.new_tensor(self.low) - x, x - x.new_tensor(self.high)).amax(-1)
@@ -121,11 +127,13 @@ class Outside(_Barrier):
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_each("centre", self.centre, self.columns)
-        if not self.radius > 0:
+        require_finite("the circle's centre", *self.centre)
+        if not 0 < self.radius < math.inf:
             raise UserError(f"the circle's radius is {self.radius}; take a positive distance.")
 
     def _outside(self, x: Tensor) -> Tensor:
-        return self.radius - (x - x.new_tensor(self.centre)).norm(dim=-1)
+        square = (x - x.new_tensor(self.centre)).square().sum(-1)
+        return self.radius - square.clamp(min=(CENTRE * self.radius) ** 2).sqrt()
 
     def _nearest(self, x: Tensor) -> Tensor:
         away = x - x.new_tensor(self.centre)

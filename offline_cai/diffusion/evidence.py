@@ -21,6 +21,24 @@ from offline_cai.errors import UserError
 from offline_cai.inference.temperatures import temperature_for_kl
 
 
+def require_temperature(temperature: float) -> None:
+    """
+    Raises:
+        UserError: it is not a positive finite number.
+    """
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature is {temperature}; take a positive number: units of reward per nat.")
+
+
+def require_finite(what: str, *numbers: float) -> None:
+    """
+    Raises:
+        UserError: one of them is infinite or not a number.
+    """
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"{what} is {', '.join(map(str, numbers))}; give finite numbers.")
+
+
 class Evidence(Protocol):
     """Log-evidence in nats of each of N trajectories: of a trajectory it is a function of its own rows alone."""
 
@@ -47,7 +65,19 @@ class Return:
     noisy: ClassVar[bool] = False
 
     def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
-        return self.function(x) / temperature
+        """
+        Raises:
+            UserError: the function gives other than one number for each trajectory, or what is not a number.
+        """
+        value = self.function(x)
+        if value.shape != x.shape[:1]:
+            raise UserError(
+                f"the reward gives a tensor of shape {list(value.shape)} for {len(x)} trajectories: give one number for "
+                "each, summed over its rows."
+            )
+        if value.isnan().any():
+            raise UserError("the reward is not a number (NaN) for a trajectory that the model proposes: mend it there.")
+        return value / temperature
 
 
 @dataclass(frozen=True)
@@ -107,8 +137,9 @@ class Goal:
     noisy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.width > 0:
+        if not 0 < self.width < math.inf:
             raise UserError(f"the goal's width is {self.width}; take a positive distance (a known number is exact).")
+        require_finite("the goal's target", *self.target)
         if len(self.target) != len(self.columns):
             raise UserError(f"the goal gives {len(self.target)} numbers for {len(self.columns)} columns: one for each.")
 

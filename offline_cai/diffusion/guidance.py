@@ -29,7 +29,7 @@ from torch import Tensor
 
 from offline_cai.core import Denoiser
 from offline_cai.diffusion.constraints import Constraint, project
-from offline_cai.diffusion.evidence import Evidence
+from offline_cai.diffusion.evidence import Evidence, require_temperature
 from offline_cai.diffusion.residual import FLOOR, Spread
 from offline_cai.diffusion.sampler import Belief, Denoise, Guide, Guided, Step, unguided
 from offline_cai.errors import UserError
@@ -181,8 +181,7 @@ GUIDES: dict[str, Callable[..., Guided]] = {
 
 
 def _check(evidence: Evidence, temperature: float, clean: bool = False) -> None:
-    if not 0 < temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}; take a positive number: units of reward per nat.")
+    require_temperature(temperature)
     if clean and evidence.noisy:
         raise UserError(
             "this guide reads evidence off the denoised estimate, but the evidence was learned for noised rows: guide "
@@ -191,12 +190,25 @@ def _check(evidence: Evidence, temperature: float, clean: bool = False) -> None:
 
 
 def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The values [N] of a function of each row of x [N, ..], and its gradients."""
+    """The values [N] of a function of each row of x [N, ..], and its gradients.
+
+    Raises:
+        UserError: they are not finite.
+    """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         value = function(leaf)
         (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True, materialize_grads=True)
+    _finite(value, slope)
     return value.detach(), slope
+
+
+def _finite(*numbers: Tensor) -> None:
+    if not all(bool(part.isfinite().all()) for part in numbers):
+        raise UserError(
+            "the evidence or its slope is not a finite number at rows that the model proposes: give a smooth function, "
+            "a wider goal or barrier, and targets near the data."
+        )
 
 
 def _reach(step: Step) -> Tensor:
@@ -214,46 +226,54 @@ def _weighed(prior: Belief, evidence: Evidence, temperature: float, newton: int)
     """N(m, C) times exp(J), by Laplace's method in white coordinates: x_0 = m + F z, C = F Fᵀ, z ~ N(0, I)."""
     mean, spread = prior
     assert spread is not None
-    factor = spread.factor
+    factor, rounding = spread.factor.double(), torch.finfo(mean.dtype).eps
 
     def rows(z: Tensor) -> Tensor:
-        return mean[: len(z)] + (z[:, None] @ factor.mT)[:, 0].view(-1, *mean.shape[1:])
+        return (mean[: len(z)] + (z[:, None] @ factor.mT)[:, 0].view(-1, *mean.shape[1:])).to(mean.dtype)
 
     def climb(z: Tensor) -> Tensor:
         level = torch.zeros(len(z), dtype=torch.int64, device=z.device)
         return evidence(rows(z), level, temperature) - 0.5 * z.square().sum(-1)
 
-    z = mean.new_zeros(len(mean), factor.shape[-1])
+    z = factor.new_zeros(len(mean), factor.shape[-1])
     if evidence.quadratic:
         value, slope = _slope(climb, z)
-        chol = _precision(climb, z[:1])[0] if factor.ndim == 2 else _precision(climb, z)
+        chol = _precision(climb, z[:1], rounding)[0] if factor.ndim == 2 else _precision(climb, z, rounding)
         z = _solve(chol, slope)
         value = climb(z)
     else:
         for _ in range(newton):
             value, slope = _slope(climb, z)
-            chol = _precision(climb, z)
+            chol = _precision(climb, z, rounding)
             step = _solve(chol, slope)
             there = (slope * step).sum(-1) < CONVERGED
             if there.all():
                 break
             z = torch.where(there[:, None], z, _uphill(climb, z, value, step))
         value = climb(z)
-    root = torch.linalg.solve_triangular(chol, spread.root.mT, upper=False).mT
+    root = torch.linalg.solve_triangular(chol, spread.root.double().mT, upper=False).mT.to(mean.dtype)
     log_evidence = value - chol.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return Guided(prior, Belief(rows(z), spread._replace(root=root)), log_evidence)
+    return Guided(prior, Belief(rows(z), spread._replace(root=root)), log_evidence.to(mean.dtype))
 
 
-def _precision(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+def _precision(function: Callable[[Tensor], Tensor], z: Tensor, rounding: float) -> Tensor:
     """The Cholesky factor [N, r, r] of minus the Hessian of a function of each row of z [N, r], where that is positive.
 
     Elsewhere its eigenvalues are raised to LEAST: the evidence is convex there, and has no Gaussian approximation.
+
+    Raises:
+        UserError: it is not finite, or so sharp that its rounding, relative as given, outweighs the prior's precision.
     """
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
         (slope,) = torch.autograd.grad(function(leaf).sum(), leaf, create_graph=True)
         rows = [torch.autograd.grad(part.sum(), leaf, retain_graph=True)[0] for part in slope.unbind(-1)]
     bend = -torch.stack(rows, -2) if rows else z.new_zeros(len(z), 0, 0)
+    _finite(bend)
+    if (bend.diagonal(dim1=-2, dim2=-1).abs().sum(-1) > 1 / rounding).any():
+        raise UserError(
+            "the evidence is too sharp to be weighed: widen its goals and barriers, or make an exact goal a known number."
+        )
     bend = (bend + bend.mT) / 2
     chol, failed = torch.linalg.cholesky_ex(bend)
     if failed.any():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offline_cai import seeding
 from offline_cai.core import Known
-from offline_cai.diffusion.evidence import Evidence
+from offline_cai.diffusion.evidence import Evidence, require_temperature
 from offline_cai.diffusion.residual import Residual
 from offline_cai.diffusion.sampler import (
     Belief,
@@ -84,8 +84,9 @@ def sequential(
 
     Raises:
         UserError: a guide whose steps have no density (a projection), evidence for noised rows, or no particle that
-            explains the evidence.
+            explains the evidence; a temperature that is not positive.
     """
+    require_temperature(temperature)
     if evidence.noisy:
         raise UserError(
             "weights need evidence about x_0, and this was learned for noised rows: use it in the guide only."

@@ -123,7 +123,9 @@ def walk(
     if reverse_variance not in ("posterior", "beta", "analytic"):
         raise UserError(f"reverse_variance is {reverse_variance!r}; take posterior, beta or analytic.")
     if reverse_variance == "beta" and eta != 1:
-        raise UserError(f"reverse_variance beta is the noise of ddpm's steps, but eta is {eta}: set eta to 1, or posterior.")
+        raise UserError(
+            f"reverse_variance beta is the noise of ddpm's steps, but eta is {eta}: set eta to 1, or posterior."
+        )
     if reverse_variance == "analytic" and residual is None:
         raise UserError("reverse_variance is analytic, but no residual covariance is given: see residual.measure.")
     if residual is not None:

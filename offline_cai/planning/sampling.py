@@ -19,7 +19,15 @@ from offline_cai.diffusion.constraints import (
     Outside,
     check_feasible,
 )
-from offline_cai.diffusion.evidence import Evidence, Goal, InUnits, Learned, temperature_for, together
+from offline_cai.diffusion.evidence import (
+    Evidence,
+    Goal,
+    InUnits,
+    Learned,
+    require_temperature,
+    temperature_for,
+    together,
+)
 from offline_cai.diffusion.guidance import GUIDES, projected
 from offline_cai.diffusion.particles import sequential
 from offline_cai.diffusion.residual import Residual
@@ -172,6 +180,7 @@ def draw(model: Model, known: Known, key: Tensor, c: PlannerConfig, temperature:
         UserError: a guide without evidence, constraints that no row can satisfy, a sampler that cannot do as asked.
     """
     temperature = c.temperature if temperature is None else temperature
+    require_temperature(temperature)
     guide, evidence = _guide(model, known, c, temperature), _evidence(model, c, noised=False)
     if evidence is None and max(c.candidates, c.particles) > 1:
         raise UserError(f"planner: candidates or particles need evidence to compare them by: {_NAME_SOME}")

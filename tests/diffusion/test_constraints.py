@@ -109,8 +109,15 @@ def test_mistakes_are_sentences() -> None:
         "from 1.0 to 0.0, which is nothing": lambda: Inside(low=(1.0,), high=(0.0,), **soft),  # type: ignore[arg-type]
         "low has 2 numbers for 1 columns": lambda: Inside(low=(1.0, 2.0), high=(0.0,), **soft),  # type: ignore[arg-type]
         "normal is zero": lambda: HalfSpace(normal=(0.0,), offset=1.0, **soft),  # type: ignore[arg-type]
+        "column 0 from nan to 1.0, which is nothing": lambda: Inside(low=(math.nan,), high=(1.0,), **soft),  # type: ignore[arg-type]
+        "from inf to inf, which is nothing": lambda: Inside(low=(math.inf,), high=(math.inf,), **soft),  # type: ignore[arg-type]
+        "normal and offset is 1.0, nan; give finite": lambda: HalfSpace(normal=(1.0,), offset=math.nan, **soft),  # type: ignore[arg-type]
+        "centre is inf; give finite": lambda: Outside(centre=(math.inf,), radius=1.0, **soft),  # type: ignore[arg-type]
+        "radius is inf": lambda: Outside(centre=(0.0,), radius=math.inf, **soft),  # type: ignore[arg-type]
+        "width is nan": lambda: Inside(columns=(0,), width=math.nan, low=(0.0,), high=(1.0,)),
         "radius is -1": lambda: Outside(centre=(0.0,), radius=-1.0, **soft),  # type: ignore[arg-type]
     }
     for sentence, mistake in cases.items():
         with pytest.raises(UserError, match=sentence):
             mistake()
+    assert Inside(low=(-math.inf,), high=(1.0,), **soft).violation(torch.tensor([[[3.0]]])).item() == 2  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from offline_cai import seeding
 from offline_cai.core import Known
 from offline_cai.diffusion import guidance
 from offline_cai.diffusion.constraints import Constraint, HalfSpace, Inside, Outside
-from offline_cai.diffusion.evidence import Learned, Return
+from offline_cai.diffusion.evidence import Goal, Learned, Return
 from offline_cai.diffusion.exact import ExactDenoiser, propagate
 from offline_cai.diffusion.residual import Residual
 from offline_cai.diffusion.sampler import Guide, ddim, ddpm, dpm_solver, unguided, walk
@@ -268,6 +268,46 @@ def test_guides_say_what_they_need(problem: Problem) -> None:
         sample(partial(guidance.corrected, **problem.evidence))
     assert sample(partial(guidance.at_noisy, evidence=learned, temperature=1.0)).isfinite().all()
     assert sample(partial(guidance.at_mean, evidence=learned, temperature=1.0)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_sharp_goals_are_met_or_refused(problem: Problem, dtype: torch.dtype) -> None:
+    d, key = problem.denoiser, seeding.keys(0, 0, torch.arange(4))
+    known = Known(d.known(4).value.to(dtype), d.known(4).mask)
+
+    def ends(width: float, target: float = 1.0) -> Tensor:
+        guide = partial(guidance.corrected, evidence=Goal((target,), (0,), width=width, row=2), temperature=1.0)
+        options = {"reverse_variance": "analytic", "residual": d.residual, "guide": guide}
+        return ddpm(d, problem.schedule, known, key, None, steps=8, **options)[:, 2, 0]  # type: ignore[arg-type]
+
+    assert (ends(1e-3) - 1).abs().max() < 5e-3
+    for width in (1e-9, 1e-30):
+        with pytest.raises(UserError, match=r"too sharp to be weighed|not a finite number"):
+            ends(width)
+    with pytest.raises(UserError, match="not a finite number"):
+        ends(1e-3, 1e200 if dtype is F64 else 1e30)
+
+
+@pytest.mark.parametrize("name", sorted(set(guidance.GUIDES) - {"none"}))
+def test_rewards_that_are_no_number_are_refused(problem: Problem, name: str) -> None:
+    d, key = problem.denoiser, seeding.keys(0, 0, torch.arange(2))
+    for reward, words in (
+        (lambda x: (x[:, 2, 0] - 1e3).sqrt(), "the reward is not a number"),
+        (lambda x: (0 * x[:, 2, 0]).sqrt(), "its slope is not a finite number"),
+        (lambda x: x[:, 2], r"shape \[2, 3\] for 2 trajectories"),
+    ):
+        guide = partial(guidance.GUIDES[name], evidence=Return(reward), temperature=1.0)
+        with pytest.raises(UserError, match=words):
+            ddpm(d, problem.schedule, d.known(2), key, None, steps=4, guide=guide, residual=d.residual)
+
+
+def test_at_a_circle_s_very_centre_the_barrier_is_flat(problem: Problem) -> None:
+    circle = Outside(columns=(0, 1), centre=(0.0, 0.0), radius=0.5, width=0.1)
+    guide = partial(guidance.corrected, evidence=circle, temperature=1.0)
+    known, key = problem.denoiser.known(2), seeding.keys(0, 0, torch.arange(2))
+    options = {"reverse_variance": "analytic", "residual": problem.denoiser.residual, "guide": guide}
+    x = ddpm(lambda x, k: 0 * x, problem.schedule, known, key, None, steps=4, **options)  # type: ignore[arg-type]
+    assert x.isfinite().all()
 
 
 def test_the_network_s_own_covariance_is_of_plans_that_know_the_same(problem: Problem) -> None:

@@ -150,6 +150,9 @@ def test_what_cannot_be_weighed_is_said(problem: Problem) -> None:
         run(problem, unguided, 1, 4, evidence=learned)
     with pytest.raises(UserError, match="0 particles were asked for"):
         run(problem, unguided, 1, 0)
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match=r"temperature is .*positive"):
+            run(problem, unguided, 1, 4, temperature=temperature)
     box = Inside(columns=(0,), low=(-1.0,), high=(1.0,), width=0.1)
     with pytest.raises(UserError, match="it projects"):
         run(problem, partial(guidance.projected, guide=unguided, constraints=[box]), 1, 4)

@@ -141,6 +141,8 @@ def test_what_cannot_be_done_is_named() -> None:
         with pytest.raises(UserError, match=words):
             temperature_of(model(), *nothing(1), PlannerConfig(**changes))  # type: ignore[arg-type]
             draw(model(), *nothing(1), PlannerConfig(**changes))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"temperature is -1\.0; take a positive"):
+        draw(model(), *nothing(1), CORRECTED, -1.0)
     for changes, words in (
         ({"temperature": 0.0}, "temperature is 0"),
         ({"kl_budget": -1.0}, "kl_budget is -1"),
