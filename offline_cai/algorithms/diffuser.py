@@ -107,9 +107,9 @@ class DiffuserConfig:
         told = self.planner.target != PlannerConfig.target or self.planner.condition_weight != 1
         if self.condition_dropout is None and told:
             raise UserError(
-                f"planner.target ({self.planner.target}) and planner.condition_weight ({self.planner.condition_weight}) "
-                "are for a model that is told the return, and this one is trained without: set condition_dropout (0.25, "
-                "say) and train, or leave them out."
+                f"planner.target ({self.planner.target}) and condition_weight ({self.planner.condition_weight}) "
+                "are for a model that is told the return, and this one is trained without: set condition_dropout "
+                "(0.25, say) and train, or leave them out."
             )
         if self.condition_dropout == 0 and self.planner.condition_weight != 1:
             raise UserError("planner.condition_weight needs an unconditional estimate: set condition_dropout above 0.")
@@ -187,8 +187,8 @@ class Diffuser(Algorithm):
         for goal in evidence.goals:
             if goal.row is not None and not -rows <= goal.row < rows:
                 raise UserError(
-                    f"planner.evidence: a goal is for row {goal.row}, but plans have {rows} rows: take 0 to {rows - 1}, "
-                    "or -1 for the last."
+                    f"planner.evidence: a goal is for row {goal.row}, but plans have {rows} rows: take 0 to "
+                    f"{rows - 1}, or -1 for the last."
                 )
 
     def _require_rows(self, name: str, rows: int) -> None:

@@ -83,6 +83,10 @@ class HalfSpace(_Barrier):
         if not any(self.normal):
             raise UserError("the half-space's normal is zero: give the direction that it bounds.")
 
+    def sides(self) -> list[tuple[tuple[float, ...], float]]:
+        """The half-spaces, normal · x[columns] <= offset, that it is made of."""
+        return [(self.normal, self.offset)]
+
     def _outside(self, x: Tensor) -> Tensor:
         normal = x.new_tensor(self.normal)
         return (x @ normal - self.offset) / normal.norm()
@@ -106,9 +110,16 @@ class Inside(_Barrier):
         for column, low, high in zip(self.columns, self.low, self.high, strict=True):
             if not low <= high or low == math.inf or high == -math.inf:
                 raise UserError(
-                    f"the box allows column {column} from {low} to {high}, which is nothing: give the lower number first "
-                    "(an infinite one leaves a side open)."
+                    f"the box allows column {column} from {low} to {high}, which is nothing: give the lower number "
+                    "first (an infinite one leaves a side open)."
                 )
+
+    def sides(self) -> list[tuple[tuple[float, ...], float]]:
+        """The half-spaces, normal · x[columns] <= offset, that it is made of."""
+        unit = [tuple(float(i == j) for j in range(len(self.columns))) for i in range(len(self.columns))]
+        upper = [(normal, high) for normal, high in zip(unit, self.high, strict=True) if high < math.inf]
+        lower = zip(unit, self.low, strict=True)
+        return upper + [(tuple(-n for n in normal), -low) for normal, low in lower if low > -math.inf]
 
     def _outside(self, x: Tensor) -> Tensor:
         return torch.maximum(x.new_tensor(self.low) - x, x - x.new_tensor(self.high)).amax(-1)
@@ -189,12 +200,13 @@ def project(constraints: Sequence[Constraint], known: Known, x: Tensor) -> Tenso
 
 
 def check_feasible(constraints: Sequence[Constraint], known: Known) -> None:
-    """Whether each row can satisfy all constraints and what is known of it: by projecting onto one after the other.
+    """Whether each row can satisfy all constraints and what is known of it.
 
-    For half-spaces and boxes this finds a point if there is one; for circles it nearly always does.
+    Projecting onto one after the other finds a point nearly always. Where it does not, a linear program decides for
+    half-spaces and boxes; with circles, no point was found.
 
     Raises:
-        UserError: it names the plan, the row and the constraint that stays violated.
+        UserError: it names the plan, the row and a constraint that stays violated.
     """
     value, mask = known
     shape = tuple(value.shape[1:])
@@ -213,14 +225,51 @@ def check_feasible(constraints: Sequence[Constraint], known: Known) -> None:
             return
         for constraint in constraints:
             x = everywhere.impose(constraint.project(x))
-    number, plan, row = (missed() > SLACK).nonzero()[0].tolist()
-    violated = constraints[number]
-    name = type(violated.constraint if isinstance(violated, ConstraintInUnits) else violated).__name__
-    raise UserError(
-        f"row {row} of plan {plan} cannot satisfy {name} together with the other constraints and "
-        f"what is known of it; the nearest point misses by {float(missed()[number, plan, row]) * violated.width:.3g}. "
-        "Loosen one of them, or free the known number."
-    )
+    asked: dict[tuple[object, ...], bool] = {}
+    for plan, row in (missed() > SLACK).any(0).nonzero().tolist():
+        numbers, given = value[plan, row], mask[plan, row]
+        same = (*given.tolist(), *(numbers * given).tolist())
+        if same not in asked:
+            asked[same] = _has_point(constraints, numbers, given)
+        if not asked[same]:
+            number = int(missed()[:, plan, row].argmax())
+            violated = _raw(constraints[number])
+            best = float(missed()[number, plan, row]) * violated.width
+            raise UserError(
+                f"no point was found for row {row} of plan {plan} that satisfies {type(violated).__name__} together "
+                f"with the other constraints and what is known of it; the best one violates it by {best:.3g}. Loosen "
+                "one of them, or free the known number."
+            )
+
+
+def _has_point(constraints: Sequence[Constraint], value: Tensor, mask: Tensor) -> bool:
+    """Whether a row, known in part [D], has a point that all constraints allow; False as well if some are circles."""
+    from scipy.optimize import linprog
+
+    above: list[list[float]] = []
+    below: list[float] = []
+    bounds: list[tuple[float | None, float | None]] = [(None, None)] * len(value)
+    for constraint in constraints:
+        raw = _raw(constraint)
+        if not isinstance(raw, HalfSpace | Inside):
+            return False
+        numbers, given = value, mask
+        if isinstance(constraint, ConstraintInUnits):
+            numbers = constraint.codec.obs_norm.decode(value[constraint.codec.actions :])
+            given = mask[constraint.codec.actions :]
+        for column in given.nonzero()[:, 0].tolist():
+            bounds[column] = (float(numbers[column]),) * 2
+        for normal, offset in raw.sides():
+            side = [0.0] * len(value)
+            for column, part in zip(raw.columns, normal, strict=True):
+                side[column] += part
+            above.append(side)
+            below.append(offset + SLACK * raw.width * math.hypot(*normal))
+    return bool(linprog([0.0] * len(value), above, below, bounds=bounds).status == 0)
+
+
+def _raw(constraint: Constraint) -> Constraint:
+    return constraint.constraint if isinstance(constraint, ConstraintInUnits) else constraint
 
 
 def _one_each(name: str, numbers: tuple[float, ...], columns: tuple[int, ...]) -> None:

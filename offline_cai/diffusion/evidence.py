@@ -72,8 +72,8 @@ class Return:
         value = self.function(x)
         if value.shape != x.shape[:1]:
             raise UserError(
-                f"the reward gives a tensor of shape {list(value.shape)} for {len(x)} trajectories: give one number for "
-                "each, summed over its rows."
+                f"the reward gives a tensor of shape {list(value.shape)} for {len(x)} trajectories: give one number "
+                "for each, summed over its rows."
             )
         if value.isnan().any():
             raise UserError("the reward is not a number (NaN) for a trajectory that the model proposes: mend it there.")

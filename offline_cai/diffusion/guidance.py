@@ -272,7 +272,8 @@ def _precision(function: Callable[[Tensor], Tensor], z: Tensor, rounding: float)
     _finite(bend)
     if (bend.diagonal(dim1=-2, dim2=-1).abs().sum(-1) > 1 / rounding).any():
         raise UserError(
-            "the evidence is too sharp to be weighed: widen its goals and barriers, or make an exact goal a known number."
+            "the evidence is too sharp to be weighed: widen its goals and barriers, or make an exact goal a known "
+            "number."
         )
     bend = (bend + bend.mT) / 2
     chol, failed = torch.linalg.cholesky_ex(bend)

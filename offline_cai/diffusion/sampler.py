@@ -112,9 +112,9 @@ def walk(
     """The reverse steps of a sampler, from noise to clean data.
 
     `reverse_variance` is the noise that a step adds. `posterior` is the variance of x_next given x and x_0, times eta²;
-    `beta` is the forward process's own, for eta 1 (both: Ho et al. 2020, section 3.2); `analytic` adds to the first what the
-    residual covariance says of x_0, which is the optimum (Bao et al. 2022, theorem 1) and exact for Gaussian data. The
-    last step is free of noise but for `analytic`.
+    `beta` is the forward process's own, for eta 1 (both: Ho et al. 2020, section 3.2); `analytic` adds to the first
+    what the residual covariance says of x_0, which is the optimum (Bao et al. 2022, theorem 1) and exact for Gaussian
+    data at any eta. The last step is free of noise but for `analytic`.
 
     Raises:
         UserError: the residual covariance is missing, or belongs to other rows, levels or conditions; beta with less

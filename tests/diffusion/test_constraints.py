@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offline_cai.core import Known, Spec
+from offline_cai.core import Box, Field, Known, Spec
 from offline_cai.data.codec import Codec
 from offline_cai.diffusion.constraints import (
     Constraint,
@@ -78,7 +78,7 @@ def test_raw_units_are_the_codec_s(spec: Spec) -> None:
     moved = box.project(x)
     torch.testing.assert_close(moved[..., codec.actions], torch.full((1, 4), 0.5))
     assert torch.equal(moved[..., : codec.actions], x[..., : codec.actions]) and box.width == 0.1
-    with pytest.raises(UserError, match="cannot satisfy Inside together"):
+    with pytest.raises(UserError, match="that satisfies Inside together"):
         check_feasible([box], Known(x, torch.ones_like(x, dtype=torch.bool)))
     torch.testing.assert_close(box(x, torch.zeros(1), 1.0), torch.nn.functional.logsigmoid(torch.tensor([-8.0])) * 4)
 
@@ -91,14 +91,33 @@ def test_what_can_be_satisfied_passes() -> None:
     check_feasible(corner, known())
 
 
+def test_a_narrow_wedge_is_found_where_projections_in_turn_are_too_slow() -> None:
+    """y <= 0 and y >= .01 x + .05 meet left of x = -5: by a linear program, also in a codec's units."""
+    flat = {"columns": (0, 1), "width": 0.01}
+    wedge = [HalfSpace(normal=(0.0, 1.0), offset=0.0, **flat), HalfSpace(normal=(0.01, -1.0), offset=-0.05, **flat)]  # type: ignore[arg-type]
+    check_feasible(wedge, known())
+    codec = Codec(Spec((Field("observation", 3),), Box((-1.0,), (1.0,))), 4, actions=True)
+    codec.obs_norm.scale.fill_(2.0)
+    raw = [ConstraintInUnits(codec, constraint) for constraint in wedge]
+    value, mask = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, 2, 1] = True
+    value[:, 2, 1] = -2.6  # -5.2 in raw units
+    check_feasible(raw, Known(value, mask))
+    value[:, 2, 1] = -2.4
+    with pytest.raises(UserError, match="no point was found for row 2 of plan 0"):
+        check_feasible(raw, Known(value, mask))
+
+
 def test_what_cannot_be_satisfied_is_named() -> None:
     apart = [HalfSpace(normal=(1.0, 0.0), offset=-1.0, **SOFT), HalfSpace(normal=(-1.0, 0.0), offset=-1.0, **SOFT)]  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"row 0 of plan 0 cannot satisfy HalfSpace .* misses by"):
+    with pytest.raises(
+        UserError, match=r"no point was found for row 0 of plan 0 that satisfies HalfSpace .* violates it by"
+    ):
         check_feasible(apart, known())
-    with pytest.raises(UserError, match=r"row 2 of plan 0 cannot satisfy Outside .*misses by 0\.7"):
+    with pytest.raises(UserError, match=r"row 2 of plan 0 that satisfies Outside .*violates it by 0\.7"):
         check_feasible([ALL[2]], known(rows=(2,)))
     swallowed = [Inside(low=(0.0, -0.1), high=(0.2, 0.1), **SOFT), ALL[2]]  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="cannot satisfy"):
+    with pytest.raises(UserError, match="no point was found"):
         check_feasible(swallowed, known())
 
 

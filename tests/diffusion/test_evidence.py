@@ -83,7 +83,7 @@ def test_mistakes_are_sentences() -> None:
         together()
     with pytest.raises(UserError, match=r"width is 0\.0"):
         Goal((1.0,), (0,), width=0.0)
-    with pytest.raises(UserError, match="target is 1.0, nan; give finite"):
+    with pytest.raises(UserError, match=r"target is 1\.0, nan; give finite"):
         Goal((1.0, float("nan")), (0, 1), width=0.1)
     with pytest.raises(UserError, match="gives 1 numbers for 2 columns"):
         Goal((1.0,), (0, 1), width=0.1)
