@@ -25,7 +25,7 @@ from offline_cai import collect as collecting
 from offline_cai import config, report, seeding
 from offline_cai.algorithms.diffuser import Diffuser
 from offline_cai.algorithms.guide import Guide
-from offline_cai.core import Algorithm, Plan, Policy, Spec
+from offline_cai.core import Algorithm, Episode, Plan, Policy, Spec
 from offline_cai.data import catalogue, minari
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.environments.make import env_spec, make
@@ -291,7 +291,8 @@ def _dense(algorithm: Diffuser, rows: np.ndarray) -> np.ndarray:
 # Evaluate ------------------------------------------------------------------------------------------------------------
 
 
-EVALUATION_FILES = {"results.json", "paths.npz", "paths.png"}
+EVALUATION_FILES = {"results.json", "paths.npz", "paths.png", "episodes.npz"}
+KEPT = 10  # episodes of the policy whose observations and actions are kept, the first of as many environments
 
 
 def evaluate(
@@ -340,6 +341,7 @@ def evaluate(
                 if key != label
             },
             "planner": _explain(policy, algorithm),
+            "guidance": _guided(policy, algorithm),
             "checkpoint": run.checkpoint.name,
             "versions": versions(),
         }
@@ -347,6 +349,7 @@ def evaluate(
         paths = {key: np.stack([e.obs for e in result.episodes]) for key, result in results.items() if _even(result)}
         arrays: dict[str, Any] = {key: value.astype(np.float32) for key, value in paths.items()}
         np.savez_compressed(folder / "paths.npz", **arrays)
+        _keep_episodes(folder / "episodes.npz", results[label].episodes, protocol)
         _draw_paths(folder / "paths.png", protocol, results)
     shutil.rmtree(kept.parent, ignore_errors=True)
     note_stage(run.folder, "evaluate", time.monotonic() - began)
@@ -359,6 +362,17 @@ def _key(run: Run, protocol: evaluation.Protocol, policies: Mapping[str, Any]) -
     planner = None if diffuser is None else config.to_dict(diffuser.config.planner)
     facts = [(run.checkpoint / "manifest.json").read_text(), config.to_dict(protocol), planner, list(policies)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _keep_episodes(path: Path, episodes: list[Episode], protocol: evaluation.Protocol) -> None:
+    """The first episode of some environments: observations [L + 1, O] and actions [L, A], one after another."""
+    first = episodes[:: protocol.episodes // protocol.environments][:KEPT]
+    np.savez_compressed(
+        path,
+        obs=np.concatenate([e.obs for e in first]).astype(np.float32),
+        action=np.concatenate([e.action for e in first]),
+        length=np.array([len(e.reward) for e in first]),
+    )
 
 
 def _draw_paths(path: Path, protocol: evaluation.Protocol, results: Mapping[str, evaluation.Result]) -> None:
@@ -413,6 +427,28 @@ def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
         "tracker": asdict(policy.tracker),
         **({"plans": policy.plans_made, "milliseconds per plan": milliseconds} if policy.plans_made else {}),
     }
+
+
+def _guided(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
+    """How the plans that were executed were steered, and what their weights say; empty where nothing was."""
+    diffuser = diffuser_of(algorithm)
+    if not isinstance(policy, Planner) or diffuser is None:
+        return {}
+    guide, effective, evidence = diffuser.config.planner.guide, policy.effective, policy.log_evidence
+    if not policy.plans_made or (guide == "none" and not effective):
+        return {}
+    facts: dict[str, Any] = {"guide": guide, "temperature": policy.temperature, "plans": policy.plans_made}
+    if effective:
+        facts |= {
+            "effective sample size, mean": float(np.mean(effective)),
+            "effective sample size, lowest": min(effective),
+        }
+    if evidence:
+        facts |= {
+            "log-evidence, mean, nats": float(np.mean(evidence)),
+            "log-evidence, lowest, nats": min(evidence),
+        }
+    return facts
 
 
 OFF_POLICY_FILES = {"estimates.json"}

@@ -236,6 +236,7 @@ class Plan(NamedTuple):
     stride: int
     log_weight: Tensor  # [N, n] nats; their exponentials add up to one
     log_evidence: Tensor | None = None  # [N] nats: log E[exp(evidence)] given the known states, where there is evidence
+    temperature: float | None = None  # that rewards were divided by
 
     @classmethod
     def one_each(cls, obs: Tensor, action: Tensor | None, stride: int) -> Plan:

@@ -52,6 +52,12 @@ def test_scores_carry_how_it_was_guided(guided: Path, tmp_path: Path) -> None:
     flags = {"episodes": "2", "references": "[]", "planner.candidates": "1", "planner.temperature": "0.5"}
     data = commands.evaluate(copy, flags=flags, quiet=True)
     assert data["planner"]["guide"] == "corrected" and data["planner"]["temperature"] == 0.5
+    assert data["guidance"]["guide"] == "corrected" and data["guidance"]["temperature"] == 0.5
+    assert "effective sample size, mean" not in data["guidance"], "one plan each has no weights"
+    weighed = {"episodes": "2", "references": "[]", "planner.candidates": "1", "planner.particles": "3"}
+    found = commands.evaluate(copy, flags=weighed, output=tmp_path / "weighed", quiet=True)["guidance"]
+    lowest, mean = (found[f"effective sample size, {which}"] for which in ("lowest", "mean"))
+    assert 1 <= lowest <= mean <= 3 and np.isfinite(found["log-evidence, mean, nats"])
     assert data["planner"]["rows"] == 16 and data["planner"]["horizon in steps"] == 128
     assert "score: planner" in report.write(copy).read_text()
     bc = commands.train(experiment.load("debug-bc"), tmp_path / "bc", quiet=True)

@@ -328,7 +328,7 @@ class Diffuser(Algorithm):
         if temperature is None:
             temperature = self.temperature(obs, key)
         drawn = draw(self.model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner, temperature)
-        return self._decode(*drawn)
+        return self._decode(*drawn)._replace(temperature=temperature)
 
     def temperature(self, obs: np.ndarray, key: Tensor) -> float:
         """The temperature of the plans for observations [N, O]."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from offline_cai import seeding
 from offline_cai.core import Plan, Spec
 from offline_cai.errors import UserError
+from offline_cai.inference.smc import effective_sample_size
 from offline_cai.planning.tracking import Tracker
 
 Propose = Callable[[np.ndarray, Tensor], Plan]
@@ -29,6 +30,9 @@ class Planner:
         tracker: how planned states are followed.
         plans_made: number of plans so far.
         seconds: wall time that they took.
+        effective: the effective sample size of each plan that was chosen among several.
+        log_evidence: in nats, of each plan that came with one.
+        temperature: of the last plans, where the proposer has one.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class Planner:
         self._script: list[np.ndarray | None] = []
         self._time, self._episode, self._plan_number = np.zeros((3, 0), dtype=int)
         self.plans_made, self.seconds = 0, 0.0
+        self.effective, self.log_evidence = list[float](), list[float]()
+        self.temperature: float | None = None
 
     def reset(self, done: np.ndarray | None = None) -> None:
         if done is None or not self._script:
@@ -77,13 +83,23 @@ class Planner:
         action = self.tracker.action(step, obs[:, self._columns]) if self._execute == "track" else step
         return np.clip(action, self._low, self._high), None
 
+    def _note(self, plans: Plan) -> None:
+        """What the weights of plans say about how they were steered."""
+        self.temperature = plans.temperature
+        if plans.log_weight.shape[1] > 1:
+            self.effective += effective_sample_size(plans.log_weight).tolist()
+        if plans.log_evidence is not None:
+            self.log_evidence += plans.log_evidence.tolist()
+
     def _plan(self, obs: np.ndarray, which: list[int]) -> None:
         """New scripts for the environments `which`: desired states or actions, one row per time step."""
         key = torch.tensor([seeding.key(self._seed, i, self._episode[i], self._plan_number[i]) for i in which])
         began = time.perf_counter()
-        plan = self.propose(obs[which], key).best
+        plans = self.propose(obs[which], key)
+        plan = plans.best
         self.seconds += time.perf_counter() - began
         self.plans_made += len(which)
+        self._note(plans)
         if self._execute == "track":
             scripts = self.tracker.states(plan.obs[:, 0].double().numpy(), plan.stride, self._spec.dt or 0.0)
         elif plan.action is None:
