@@ -145,7 +145,7 @@ class TrainingState:
         return self.stopping
 
     def _clip(self, phase: str) -> Tensor:
-        """Scales the phase's gradients to the largest norm that is allowed, if any, and gives the norm that they had."""
+        """Scales the phase's gradients to the largest norm allowed, if any, and gives the norm that they had."""
         gradients = [p.grad for p in self.parameters[phase] if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         clip = self.config.clip
