@@ -130,8 +130,8 @@ class SoftQ(ActorAlgorithm):
         if self.dial.budget is not None and self.dial.budget >= math.log(config.samples):
             raise UserError(
                 f"model.samples is {config.samples}, and so few uniform actions cannot tell whether the policy is "
-                f"{self.dial.budget:g} nats from uniform (log {config.samples} is {math.log(config.samples):.2g}): take "
-                "more samples, or a smaller kl_budget."
+                f"{self.dial.budget:g} nats from uniform (log {config.samples} is {math.log(config.samples):.2g}): "
+                "take more samples, or a smaller kl_budget."
             )
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
