@@ -1,9 +1,9 @@
 """Soft Q-learning: the posterior under a uniform prior itself, by a value that is a log-partition and a Stein sampler.
 
 Haarnoja et al. 2017 (arXiv 1702.08165). The soft value is an importance-sampled integral over actions; actions come
-from a network that noise drives, trained by amortised Stein variational gradient (Wang and Liu 2016). Kernel, particles and
-score all live in u = atanh(a), so the sampler's fixed point is exp(Q / temperature) over actions. Stein's direction is
-local: modes that lie far apart get shares that depend on where the particles came from.
+from a network that noise drives, trained by amortised Stein variational gradient (Wang and Liu 2016). Kernel, particles
+and score all live in u = atanh(a), so the sampler's fixed point is exp(Q / temperature) over actions. Stein's direction
+is local: modes that lie far apart get shares that depend on where the particles came from.
 """
 
 import math
