@@ -18,7 +18,7 @@ from torch import Tensor
 from offline_cai import seeding
 from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Plan, Spec, Step
 from offline_cai.data.codec import Codec, Normaliser, NormaliserKind
-from offline_cai.diffusion.evidence import Learned, fingerprint
+from offline_cai.diffusion.evidence import Evidence, Learned, fingerprint
 from offline_cai.diffusion.guidance import classifier_free
 from offline_cai.diffusion.residual import Residual, measure
 from offline_cai.diffusion.sampler import ddim
@@ -148,7 +148,7 @@ class Diffuser(Algorithm):
             self.return_norm = Normaliser(1, "quantile")
         if c.inverse_dynamics:
             self.inverse = mlp(2 * len(self.codec.columns), c.inverse_hidden, c.stride * spec.action_width)
-        self._learned: Learned | None = None
+        self._learned: Evidence | None = None
         self._temperatures: tuple[float, float] | None = None
         self.register_buffer("loss_weight", self._loss_weight(), persistent=False)
         if c.residual_windows:
@@ -334,14 +334,18 @@ class Diffuser(Algorithm):
         """The temperature of the plans for observations [N, O]."""
         return temperature_of(self.model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner)
 
-    def steer_by(self, learned: Learned, temperatures: tuple[float, float] | None) -> None:
-        """Let a learned return count as evidence, for temperatures within a range, if it has one.
+    def steer_by(self, evidence: Evidence, temperatures: tuple[float, float] | None = None) -> None:
+        """Let a return count as evidence, for temperatures within a range, if it has one.
+
+        It takes the place of one that was given before. `ReturnInUnits(diffuser.codec, function)` is any function of
+        plans in raw units; a learned return is given by its guide.
 
         Raises:
             UserError: it was trained for another denoiser, schedule or codec.
         """
-        learned.check(self.fingerprint)
-        self._learned, self._temperatures = learned, temperatures
+        if isinstance(evidence, Learned):
+            evidence.check(self.fingerprint)
+        self._learned, self._temperatures = evidence, temperatures
 
     @property
     def fingerprint(self) -> str:

@@ -204,6 +204,20 @@ class InUnits:
         return self.evidence(self.codec.decode(x)[0], k, temperature)
 
 
+@dataclass(frozen=True)
+class ReturnInUnits:
+    """What a differentiable function of a plan in raw units earns, such as an analytic reward summed over its rows."""
+
+    codec: Codec
+    function: Callable[[Tensor, Tensor | None], Tensor]
+    """Selected observations [N, R, O'] and actions [N, R, k, A] (None where rows hold none) to [N], units of reward."""
+    noisy: ClassVar[bool] = False
+    quadratic: ClassVar[bool] = False
+
+    def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
+        return Return(lambda rows: self.function(*self.codec.decode(rows)))(x, k, temperature)
+
+
 def temperature_for(evidence: Evidence, x: Tensor, kl_budget: float) -> float:
     """The temperature at which the reward moves plans `kl_budget` nats from the prior, given what is known.
 

@@ -23,7 +23,6 @@ from offline_cai.diffusion.evidence import (
     Evidence,
     Goal,
     InUnits,
-    Learned,
     require_temperature,
     temperature_for,
     together,
@@ -154,8 +153,8 @@ class Model(NamedTuple):
     codec: Codec
     clip: float | None  # bound on x_0
     residual: Residual | None
-    learned: Learned | None  # a return for noised rows
-    temperatures: tuple[float, float] | None  # the range that the learned return is for; None: any
+    learned: Evidence | None  # a return, learned for noised rows or any other
+    temperatures: tuple[float, float] | None  # the range that it is for; None: any
 
 
 class Drawn(NamedTuple):
@@ -226,7 +225,7 @@ _NAME_SOME = "name some in planner.evidence, or train a learned return (algorith
 class _AtClean:
     """A learned return read at clean rows: its lowest level has but a trace of noise."""
 
-    learned: Learned
+    learned: Evidence
     noisy: ClassVar[bool] = False
     quadratic: ClassVar[bool] = False
 
@@ -240,7 +239,7 @@ def _evidence(model: Model, c: PlannerConfig, noised: bool) -> Evidence | None:
     if not c.evidence.project:
         parts += [ConstraintInUnits(model.codec, constraint) for constraint in c.evidence.constraints]
     if model.learned is not None:
-        parts.append(model.learned if noised else _AtClean(model.learned))
+        parts.append(_AtClean(model.learned) if model.learned.noisy and not noised else model.learned)
     return together(*parts) if parts else None
 
 

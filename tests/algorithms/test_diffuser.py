@@ -10,7 +10,7 @@ from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig
 from offline_cai.core import Episode, Known, Loss, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
-from offline_cai.diffusion.evidence import Goal
+from offline_cai.diffusion.evidence import Goal, ReturnInUnits
 from offline_cai.errors import UserError
 from offline_cai.planning.sampling import EvidenceConfig, PlannerConfig
 from offline_cai.planning.tracking import Tracker
@@ -254,6 +254,27 @@ def test_plans_may_be_longer_than_the_windows_of_training(store: Trajectories) -
     plan = build(store, planner=PlannerConfig(rows=10)).plan(np.asarray(store.obs[:2]), torch.tensor([1, 2]))
     assert plan.obs.shape == (2, 1, 10, 4)
     assert np.allclose(plan.obs[:, 0, -1, :2], store.obs[:2, 2:4], atol=1e-4), "the goal is in the last row of these"
+
+
+def test_a_function_of_plans_in_raw_units_steers_and_chooses(store: Trajectories) -> None:
+    """States and actions in the environment's units: the best of several plans earns most."""
+    diffuser = build(store, actions=True, planner=PlannerConfig(steps=4, candidates=8))
+    obs, key = np.asarray(store.obs[:2]), torch.tensor([1, 2])
+
+    def earned(states: torch.Tensor, actions: torch.Tensor | None) -> torch.Tensor:
+        assert actions is not None
+        return states[..., 0].sum(1) - actions.square().sum((1, 2, 3))
+
+    diffuser.steer_by(ReturnInUnits(diffuser.codec, earned))
+    plan = diffuser.plan(obs, key, 0.5)
+    assert plan.action is not None
+    value = torch.stack([earned(states, actions) for states, actions in zip(plan.obs, plan.action, strict=True)]) / 0.5
+    assert torch.allclose(plan.log_weight, value.log_softmax(1), atol=1e-3)
+    diffuser.plan_as(PlannerConfig(sampler="ddpm", steps=8))
+    plain = diffuser.plan(obs, key).obs[:, :, 1:, 0].mean()
+    diffuser.plan_as(PlannerConfig(sampler="ddpm", steps=8, guide="through_denoiser", temperature=0.5))
+    assert diffuser.plan(obs, key).obs[:, :, 1:, 0].mean() > plain
+    assert diffuser.policy(execute="actions").act(obs)[0].shape == (2, 2)
 
 
 def test_what_the_denoiser_leaves_open_is_measured_and_travels(store: Trajectories, tmp_path: Path) -> None:
