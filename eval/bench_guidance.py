@@ -351,10 +351,10 @@ def best_of(
 
 def scalar(residual: Residual) -> Residual:
     """One number per level: Analytic-DPM."""
-    basis, variance, outer, mask = residual
+    basis, variance, outer, mask, _ = residual
     free = int((~mask).sum())
     total = variance.sum(1) + outer * (free - variance.shape[1])
-    return Residual(basis[:, :, :0], variance[:, :0], total / free, mask)
+    return residual._replace(basis=basis[:, :, :0], variance=variance[:, :0], outer=total / free)
 
 
 def exact_rows(task: Task, n: int, steps: int = LEVELS) -> dict[str, Row]:

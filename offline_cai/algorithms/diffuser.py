@@ -226,7 +226,8 @@ class Diffuser(Algorithm):
 
     @property
     def _residual_buffers(self) -> Residual:
-        return Residual(self.residual_basis, self.residual_variance, self.residual_outer, self.residual_mask)
+        left = self.residual_basis, self.residual_variance, self.residual_outer
+        return Residual(*left, self.residual_mask, self.schedule.abar)
 
     def _clipped(self, x: Tensor, k: Tensor) -> Tensor:
         clean, clip = self.denoise(x, k), self._clip
@@ -350,7 +351,8 @@ class Diffuser(Algorithm):
     @property
     def fingerprint(self) -> str:
         """A hash of everything that noised rows and their denoising depend on."""
-        layout = torch.tensor([self.config.stride, *self.codec.columns])
+        predicts = ("x_0", "epsilon", "v").index(self.config.prediction)
+        layout = torch.tensor([predicts, self.config.stride, *self.codec.columns])
         known = self.mask(self.loss_weight[None])
         return fingerprint(
             network=self.network, codec=self.codec, levels=self.schedule.abar, layout=layout, known=known

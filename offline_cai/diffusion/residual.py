@@ -89,13 +89,14 @@ class Residual(NamedTuple):
     """Cov[x_0 - D(x_k, k)] of all levels: basis · diag(variance) · basisᵀ and `outer` beside it; see `Spread`.
 
     r = 0 is Analytic-DPM's one number per level, r = d the whole matrix; between them it is of low rank. `mask` tells
-    which numbers were known when it was measured: it holds for those conditions only.
+    which numbers were known when it was measured, `abar` at which noise: it holds for those only.
     """
 
     basis: Tensor  # [T, d, r], or [1, d, r]: one for all levels
     variance: Tensor  # [T, r]
     outer: Tensor  # [T]
     mask: Tensor  # [R, D] bool
+    abar: Tensor  # [T], of the schedule
 
     def at(self, level: int) -> Spread:
         basis = self.basis[level if len(self.basis) > 1 else 0]
@@ -104,7 +105,8 @@ class Residual(NamedTuple):
 
     def to(self, like: Tensor) -> Residual:
         """With the dtype and device of `like`."""
-        return Residual(self.basis.to(like), self.variance.to(like), self.outer.to(like), self.mask.to(like.device))
+        basis, variance, outer, _, abar = (part.to(like) for part in self)
+        return Residual(basis, variance, outer, self.mask.to(like.device), abar)
 
     def check(self, schedule: Schedule, known: Known) -> None:
         """
@@ -115,6 +117,11 @@ class Residual(NamedTuple):
             raise UserError(
                 f"the residual covariance was measured on {len(self.outer)} noise levels, but this schedule has "
                 f"{schedule.levels}: it belongs to another model. Measure it again (residual.measure)."
+            )
+        if not torch.allclose(self.abar, schedule.abar.to(self.abar), rtol=1e-4, atol=1e-7):
+            raise UserError(
+                "the residual covariance was measured on another noise schedule of as many levels: measure it again "
+                "(residual.measure)."
             )
         if self.mask.shape != known.mask.shape[1:]:
             raise UserError(
@@ -167,7 +174,7 @@ def measure(
             moment += error.T @ error
         parts.append(_largest(moment / len(x), rank))
     values, vectors = (torch.stack(part) for part in zip(*parts, strict=True))
-    return _residual(vectors, values, mask, free, x)
+    return _residual(vectors, values, mask, schedule, x)
 
 
 def wiener(covariance: Tensor, schedule: Schedule, mask: Tensor, rank: int | None = None) -> Residual:
@@ -187,7 +194,7 @@ def wiener(covariance: Tensor, schedule: Schedule, mask: Tensor, rank: int | Non
     values, vectors = _largest(given, rank)
     abar = schedule.abar.double()[:, None]
     left = values * (1 - abar) / (abar * values + 1 - abar)
-    return _residual(vectors[None], left, mask, free, covariance)
+    return _residual(vectors[None], left, mask, schedule, covariance)
 
 
 def _largest(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -197,10 +204,11 @@ def _largest(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     return values.clamp(min=FLOOR * float(values[0])), vectors[:, :rank]
 
 
-def _residual(vectors: Tensor, values: Tensor, mask: Tensor, free: Tensor, like: Tensor) -> Residual:
+def _residual(vectors: Tensor, values: Tensor, mask: Tensor, schedule: Schedule, like: Tensor) -> Residual:
     """Eigenvectors [.., f, r] and eigenvalues [T, f] over the f free numbers, as a `Residual` over all d."""
+    free = ~mask.flatten()
     basis = vectors.new_zeros(len(vectors), len(free), vectors.shape[-1])
     basis[:, free] = vectors
     rank = vectors.shape[-1]
     outer = values[:, rank:].mean(1) if rank < values.shape[1] else values.new_zeros(len(values))
-    return Residual(basis, values[:, :rank], outer, mask).to(like)
+    return Residual(basis, values[:, :rank], outer, mask, schedule.abar).to(like)

@@ -223,7 +223,7 @@ _NAME_SOME = "name some in planner.evidence, or train a learned return (algorith
 
 @dataclass(frozen=True)
 class _AtClean:
-    """A learned return read at clean rows: its lowest level has but a trace of noise."""
+    """A learned return read at clean rows, as if of its lowest level: .1 % noise of 64 levels, 4 % of 8 (cosine)."""
 
     learned: Evidence
     noisy: ClassVar[bool] = False

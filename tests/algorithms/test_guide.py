@@ -168,7 +168,13 @@ def test_a_return_that_was_learned_for_another_model_is_refused(lucky: Trajector
     made = guide(lucky)
     learned = Learned(made.log_evidence, made.diffuser.fingerprint)
     made.diffuser.steer_by(learned, None)
-    for changes in ({"schedule": "linear"}, {"goal_field": "desired_goal"}, {"normaliser": "gaussian"}, {"stride": 2}):
+    for changes in (
+        {"schedule": "linear"},
+        {"prediction": "v"},
+        {"goal_field": "desired_goal"},
+        {"normaliser": "gaussian"},
+        {"stride": 2},
+    ):
         torch.manual_seed(0)
         other = Diffuser(lucky.spec, dataclasses.replace(SMALL, **changes))
         other.fit(lucky.chunks)

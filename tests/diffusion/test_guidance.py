@@ -134,7 +134,8 @@ def test_low_rank_steers_where_the_denoiser_is_unsure(problem: Problem) -> None:
     """The directions that are kept carry most of it: far better than gradients, not as good as all of them."""
     d = problem.denoiser
     full = d.residual
-    kept = Residual(full.basis[:, :, :8], full.variance[:, :8], full.variance[:, 8:].mean(1), full.mask)
+    first, rest = full.variance[:, :8], full.variance[:, 8:]
+    kept = full._replace(basis=full.basis[:, :, :8], variance=first, outer=rest.mean(1))
     guide = partial(guidance.corrected, **problem.evidence)
     assert 1e-4 < guided(problem, guide, residual=kept) < 0.5 * guided(problem, unguided)
 

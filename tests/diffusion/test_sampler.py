@@ -161,7 +161,7 @@ def test_the_analytic_variance_is_right_at_any_number_of_steps_and_the_others_ar
     """KL of the sampler's law to the data's: one number per level (Analytic-DPM) helps, the whole matrix is exact."""
     d = problem.denoiser
     whole = d.residual
-    one = Residual(whole.basis[:, :, :0], whole.variance[:, :0], whole.variance.mean(1), whole.mask)
+    one = whole._replace(basis=whole.basis[:, :, :0], variance=whole.variance[:, :0], outer=whole.variance.mean(1))
 
     def kl(steps: int, variance: ReverseVariance, residual: Residual | None = None, eta: float = 1.0) -> float:
         options = {"reverse_variance": variance, "residual": residual, "eta": eta}
@@ -241,6 +241,8 @@ def test_the_reverse_variance_is_one_of_three(problem: Problem) -> None:
         ddpm(d, problem.schedule, d.known(1), key, reverse_variance="analytic")
     with pytest.raises(UserError, match="measured on 64 noise levels, but this schedule has 32"):
         ddpm(d, Schedule(32), d.known(1), key, reverse_variance="analytic", residual=d.residual)
+    with pytest.raises(UserError, match="on another noise schedule of as many levels"):
+        ddpm(d, Schedule(64, "linear"), d.known(1), key, reverse_variance="analytic", residual=d.residual)
 
 
 @pytest.mark.parametrize("steps", [0, 9, -1])
