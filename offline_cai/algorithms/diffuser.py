@@ -116,7 +116,7 @@ class DiffuserConfig:
         if self.planner.needs_residual and not self.residual_windows:
             raise UserError(
                 "planner: corrected guidance and the analytic reverse variance need the residual covariance: set "
-                "residual_windows (4096, say)."
+                "residual_windows (4096, say) and train, or measure it on a trained model (Diffuser.measure)."
             )
         if self.residual_windows and self.condition_dropout is not None:
             raise UserError("residual_windows measures a denoiser that is told nothing: leave condition_dropout null.")
@@ -138,6 +138,8 @@ class Diffuser(Algorithm):
         conditioned = c.condition_dropout is not None
         self.network = TemporalUNet(self.codec.width, c.channels, c.multipliers, condition=int(conditioned))
         self.schedule = Schedule(c.levels, c.schedule)
+        self._learned: Evidence | None = None
+        self._temperatures: tuple[float, float] | None = None
         self._require_rows("model.rows", c.rows)
         self._require_planner()
         if c.goal_field and len(spec.columns(c.goal_field)) != len(c.goal_columns):
@@ -148,17 +150,18 @@ class Diffuser(Algorithm):
             self.return_norm = Normaliser(1, "quantile")
         if c.inverse_dynamics:
             self.inverse = mlp(2 * len(self.codec.columns), c.inverse_hidden, c.stride * spec.action_width)
-        self._learned: Evidence | None = None
-        self._temperatures: tuple[float, float] | None = None
         self.register_buffer("loss_weight", self._loss_weight(), persistent=False)
         if c.residual_windows:
-            mask = self.mask(torch.zeros(1, c.rows, self.codec.width))[0]
-            free = int((~mask).sum())
-            rank = free if c.residual_rank is None else min(c.residual_rank, free)
-            self.register_buffer("residual_basis", torch.zeros(c.levels, mask.numel(), rank))
-            self.register_buffer("residual_variance", torch.zeros(c.levels, rank))
-            self.register_buffer("residual_outer", torch.zeros(c.levels))
-            self.register_buffer("residual_mask", mask, persistent=False)
+            self._make_room_for_residual()
+
+    def _make_room_for_residual(self) -> None:
+        c, mask = self.config, self.mask(self.loss_weight[None])[0]
+        free = int((~mask).sum())
+        rank = free if c.residual_rank is None else min(c.residual_rank, free)
+        self.register_buffer("residual_basis", self.loss_weight.new_zeros(c.levels, mask.numel(), rank))
+        self.register_buffer("residual_variance", self.loss_weight.new_zeros(c.levels, rank))
+        self.register_buffer("residual_outer", self.loss_weight.new_zeros(c.levels))
+        self.register_buffer("residual_mask", mask, persistent=False)
 
     def plan_as(self, planner: PlannerConfig) -> None:
         """Plan as another config says from now on.
@@ -173,6 +176,13 @@ class Diffuser(Algorithm):
         c, width = self.config, len(self.codec.columns)
         rows = c.planner.rows or c.rows
         self._require_rows("planner.rows", rows)
+        learned = self._learned is not None and self._learned.noisy
+        if rows != c.rows and (learned or c.planner.needs_residual):
+            what = "the learned return" if learned else "the residual covariance"
+            raise UserError(
+                f"planner.rows is {rows}, but {what} is for plans of {c.rows} rows, as in training: leave planner.rows "
+                "out, or plan without it."
+            )
         evidence = c.planner.evidence
         for name, used in (
             ("goal_columns", c.goal_columns if c.goal_field else ()),
@@ -223,6 +233,16 @@ class Diffuser(Algorithm):
             found = measure(self._clipped, self.schedule, x, self.residual_mask, batch.key, c.residual_rank)
             for own, tensor in zip(self._residual_buffers, found, strict=True):
                 own.copy_(tensor)
+
+    def measure(self, draw: Callable[[int], Batch], windows: int = 4096, rank: int | None = None) -> None:
+        """The residual covariance of a model that was trained without it, from `draw(windows)`; it is exported with it.
+
+        Args:
+            rank: as `DiffuserConfig.residual_rank`.
+        """
+        self.config = replace(self.config, residual_windows=windows, residual_rank=rank)
+        self._make_room_for_residual()
+        self.finish(draw)
 
     @property
     def _residual_buffers(self) -> Residual:
@@ -342,11 +362,12 @@ class Diffuser(Algorithm):
         plans in raw units; a learned return is given by its guide.
 
         Raises:
-            UserError: it was trained for another denoiser, schedule or codec.
+            UserError: it was trained for another denoiser, schedule or codec, or for other rows than are planned.
         """
         if isinstance(evidence, Learned):
             evidence.check(self.fingerprint)
         self._learned, self._temperatures = evidence, temperatures
+        self._require_planner()
 
     @property
     def fingerprint(self) -> str:

@@ -183,7 +183,7 @@ def draw(model: Model, known: Known, key: Tensor, c: PlannerConfig, temperature:
     guide, evidence = _guide(model, known, c, temperature), _evidence(model, c, noised=False)
     if evidence is None and max(c.candidates, c.particles) > 1:
         raise UserError(f"planner: candidates or particles need evidence to compare them by: {_NAME_SOME}")
-    settings: dict[str, Any] = {"reverse_variance": c.reverse_variance, "residual": model.residual, "guide": guide}
+    settings: dict[str, Any] = {"reverse_variance": c.reverse_variance, "residual": _residual(model, c), "guide": guide}
     if evidence is not None and c.particles > 1:
         settings |= {"evidence": evidence, "temperature": temperature}
         given = model.denoise, model.schedule, known, key, c.steps, c.particles, model.clip
@@ -210,7 +210,7 @@ def temperature_of(model: Model, known: Known, key: Tensor, c: PlannerConfig) ->
     evidence = _evidence(model, c, noised=False)
     if evidence is None:
         raise UserError(f"planner.kl_budget is set, but there is nothing to spend it on: {_NAME_SOME}")
-    settings = {"reverse_variance": c.reverse_variance, "residual": model.residual, "guide": unguided}
+    settings = {"reverse_variance": c.reverse_variance, "residual": _residual(model, c), "guide": unguided}
     x = _samples(model, known, key, c, c.kl_samples, settings)
     if model.learned is None or model.temperatures is None:
         return temperature_for(evidence, x, c.kl_budget)
@@ -231,6 +231,11 @@ class _AtClean:
 
     def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
         return self.learned(x, torch.zeros_like(k), temperature)
+
+
+def _residual(model: Model, c: PlannerConfig) -> Residual | None:
+    """Where it is not needed, plans may have other rows than it was measured on."""
+    return model.residual if c.needs_residual else None
 
 
 def _evidence(model: Model, c: PlannerConfig, noised: bool) -> Evidence | None:

@@ -292,5 +292,17 @@ def test_what_the_denoiser_leaves_open_is_measured_and_travels(store: Trajectori
     error = ((x - diffuser.denoise(noisy, k).clamp(-1, 1)) * ~known.mask).flatten(1).detach()
     assert torch.allclose(residual.at(level).matrix(), error.T @ error / 50, atol=1e-5)
     diffuser.save_pretrained(tmp_path / "d")
+    later = build(store)
+    with pytest.raises(UserError, match=r"or measure it on a trained model \(Diffuser\.measure\)"):
+        later.plan_as(PlannerConfig(guide="corrected"))
+    later.measure(lambda count: batch, 50)
+    assert later.residual is not None and torch.equal(later.residual.variance, residual.variance)
+    goals = goal(-1)
+    later.plan_as(PlannerConfig(guide="corrected", evidence=goals))
+    assert later.plan(np.asarray(store.obs[:1]), torch.tensor([1])).obs.isfinite().all()
+    with pytest.raises(UserError, match=r"planner\.rows is 8, but the residual covariance is for plans of 4 rows"):
+        later.plan_as(PlannerConfig(guide="corrected", evidence=goals, rows=8))
+    later.plan_as(PlannerConfig(rows=8))
+    assert later.plan(np.asarray(store.obs[:1]), torch.tensor([1])).obs.shape[2] == 8
     again = Diffuser.from_pretrained(tmp_path / "d").residual
     assert again is not None and all(torch.equal(a, b) for a, b in zip(again, residual, strict=True))

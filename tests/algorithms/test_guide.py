@@ -180,6 +180,9 @@ def test_a_return_that_was_learned_for_another_model_is_refused(lucky: Trajector
         other.fit(lucky.chunks)
         with pytest.raises(UserError, match=r"weights, noise schedule, codec or known rows differ"):
             other.steer_by(learned, None)
+    longer = guide(lucky, planner=PlannerConfig(rows=8))
+    with pytest.raises(UserError, match=r"planner\.rows is 8, but the learned return is for plans of 4 rows"):
+        longer.guided()
     same = guide(lucky).diffuser
     same.steer_by(learned, None)
     with torch.no_grad():
