@@ -248,12 +248,15 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
         "report",
         _report,
         """\
-        Write one self-contained HTML page about a run: RUN/report.html.
+        Write one self-contained HTML page about runs: RUN/report.html, in the folder of the first.
 
-        It shows what the run's folder holds: scores, plans, learning curves, times, configuration and versions.
+        It shows what their folders hold: scores with intervals, learning curves, plans, paths and a film of a rollout,
+        what the policy does beside its dataset, guidance, configuration and versions. Runs that differ in nothing but
+        the seed share a row and a line. What is damaged or unfinished is a sentence, and the rest is written.
         """,
     )
-    report.add_argument("folder", metavar="RUN", type=Path)
+    report.add_argument("folders", metavar="RUN", type=Path, nargs="+")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: report.html in the first RUN)")
     report.add_argument("--overwrite", action="store_true", help="replace an existing report")
 
     data = commands.add_parser(
@@ -496,7 +499,8 @@ def _scoreboard(args: argparse.Namespace, flags: dict[str, str]) -> int:
 def _report(args: argparse.Namespace, flags: dict[str, str]) -> None:
     from offline_cai import report
 
-    print(f"report: {report.write(args.folder, args.overwrite).resolve()}")
+    path = report.write(*args.folders, output=args.output, overwrite=args.overwrite)
+    print(f"report: {path.resolve()}")
 
 
 def _demo(args: argparse.Namespace, flags: dict[str, str]) -> None:

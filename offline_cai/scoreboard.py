@@ -310,17 +310,8 @@ def _make(recipe: Scoreboard, cell: Cell, quiet: bool) -> dict[str, Any]:
         "dataset": exp.dataset,
         "steps": exp.training.steps,
         "planner": data["planner"],
-        "curve": list(_curve(trackers.read(cell.run / "metrics.jsonl"))),
+        "curve": list(trackers.evaluations(trackers.read(cell.run / "metrics.jsonl"))),
     }
-
-
-def _curve(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The evaluations while training, each with the steps in environments that were reported last, if there are any."""
-    gathered: dict[str, Any] = {}
-    for row in rows:
-        gathered = {"environment_steps": row["environment_steps"]} if "environment_steps" in row else gathered
-        if "score" in row:
-            yield {"step": row["step"], **gathered, "score": row["score"], "return": row["return"]}
 
 
 @contextmanager

@@ -69,8 +69,11 @@ def grid(
 
 def executed(maze: Maze, paths: Mapping[str, Sequence[np.ndarray]], goal: np.ndarray) -> Figure:
     """One maze per policy with the paths [L, 2] that it took, faint, all to the same goal."""
-    figure, axes = pyplot.subplots(1, len(paths), figsize=(2.6 * len(paths), 2.9), squeeze=False)
-    for panel, (name, some) in zip(axes.flat, paths.items(), strict=True):
+    lines, columns = -(-len(paths) // 3), min(len(paths), 3)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(2.6 * columns, 2.9 * lines), squeeze=False)
+    for panel in axes.flat[len(paths) :]:
+        panel.axis("off")
+    for panel, (name, some) in zip(axes.flat, paths.items(), strict=False):
         draw_maze(panel, maze)
         for path in some:
             panel.plot(*path.T, color=ACCENT, linewidth=0.7, alpha=0.45)
@@ -81,18 +84,50 @@ def executed(maze: Maze, paths: Mapping[str, Sequence[np.ndarray]], goal: np.nda
     return figure
 
 
-def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
-    """Metrics over steps, one panel each; positive ones on a logarithmic axis."""
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 2.5), squeeze=False)
-    for panel, name in zip(axes.flat, names, strict=True):
-        values = np.array([row[name] for row in rows if name in row])
-        panel.plot([row["step"] for row in rows if name in row], values, color=ACCENT, linewidth=1.2)
-        if (values > 0).all():
-            panel.set_yscale("log")
-        panel.set_xlabel("optimiser step", fontsize=8)
-        panel.set_title(name.replace("_", " "), fontsize=9, color=INK)
-        panel.tick_params(labelsize=7, which="both")
-        panel.spines[["top", "right"]].set_visible(False)
+def metric(name: str, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
+    """A metric over steps: for each label the mean over its runs' rows, between lowest and highest.
+
+    The axis is logarithmic if everything on it is positive.
+    """
+    figure, panel = pyplot.subplots(figsize=(3.8, 2.6))
+    for label, some in runs.items():
+        _band(panel, [{row["step"]: row[name] for row in rows if name in row} for rows in some], label)
+    if all(row[name] > 0 for some in runs.values() for rows in some for row in rows if name in row):
+        panel.set_yscale("log")
+    panel.set_xlabel("optimiser steps", fontsize=8)
+    _plain(panel, name.replace("_", " "))
+    if len(runs) > 1:
+        panel.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def _band(panel: Axes, curves: Sequence[Mapping[float, float]], label: str) -> None:
+    """The mean of curves (step to value) over the steps that all of them have, between lowest and highest."""
+    at = sorted(set.intersection(*(set(curve) for curve in curves)))
+    values = np.array([[curve[step] for step in at] for curve in curves])
+    line = panel.plot(at, values.mean(0), linewidth=1.4, label=label, marker="." if len(at) < 3 else None)[0]
+    panel.fill_between(at, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _plain(panel: Axes, title: str) -> None:
+    panel.set_title(title, fontsize=9, color=INK)
+    panel.tick_params(labelsize=8, which="both")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def histogram(name: str, ours: np.ndarray, data: np.ndarray) -> Figure:
+    """Of one number, the values [N] that a policy met and those [M] of a dataset, each as shares of its own."""
+    both = np.concatenate([ours, data])
+    low, high = np.quantile(both[np.isfinite(both)], [0.001, 0.999])
+    edges = np.linspace(low, high if high > low else low + 1, 41)
+    figure, panel = pyplot.subplots(figsize=(3.0, 2.0))
+    for values, colour, label in ((data, "#78716c", "dataset"), (ours, ACCENT, "policy")):
+        shares = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values)
+        panel.stairs(shares, edges, fill=True, color=colour, alpha=0.45, label=label)
+    panel.set_yticks([])
+    _plain(panel, name)
+    panel.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     return figure
 
@@ -132,17 +167,12 @@ def learning(tasks: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Figu
     for panel, task in zip(axes.flat, tasks, strict=True):
         own = [r for r in records if r["task"] == task]
         gathered = all("environment_steps" in row for r in own for row in r["curve"])
+        at = "environment_steps" if gathered else "step"
         for label in dict.fromkeys(r["label"] for r in own):
-            curves = [{row["step"]: row for row in r["curve"]} for r in own if r["label"] == label]
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-            at = [curves[0][step]["environment_steps" if gathered else "step"] for step in steps]
-            values = np.array([[curve[step]["score"] for step in steps] for curve in curves])
-            line = panel.plot(at, values.mean(0), linewidth=1.4, label=f"{label} ({len(curves)})")[0]
-            panel.fill_between(at, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-        panel.set_title(task, fontsize=9, color=INK)
+            some = [r["curve"] for r in own if r["label"] == label]
+            _band(panel, [{row[at]: row["score"] for row in curve} for curve in some], f"{label} ({len(some)})")
         panel.set_xlabel("environment steps" if gathered else "optimiser steps", fontsize=8)
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
+        _plain(panel, task)
         panel.legend(fontsize=7, frameon=False, title="label (seeds)", title_fontsize=7)
     figure.tight_layout()
     return figure
@@ -166,15 +196,30 @@ def profile(strata: Mapping[str, Sequence[np.ndarray]]) -> Figure:
 
 def animation(path: Path, maze: Maze, trace: np.ndarray, goal: np.ndarray | None, seconds: float = 4.0) -> None:
     """A GIF of the rows [steps, R, 2] of one plan while it is denoised, noise first; the last frame stays a while."""
-    frames = []
-    for number, rows in enumerate(trace):
-        figure, axes = pyplot.subplots(figsize=(3.2, 3.4))
-        draw_maze(axes, maze)
-        draw_path(axes, rows, goal, rows)
-        axes.set_title(f"denoising step {number} of {len(trace) - 1}", fontsize=9, color=INK)
-        figure.set_dpi(90)
-        figure.canvas.draw()
-        frames.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy())  # type: ignore[attr-defined]
-        pyplot.close(figure)
+    titles = [f"denoising step {number} of {len(trace) - 1}" for number in range(len(trace))]
+    frames = [_frame(maze, rows, goal, rows, title) for rows, title in zip(trace, titles, strict=True)]
+    path.write_bytes(_gif(frames, seconds))
+
+
+def journey(maze: Maze, path: np.ndarray, goal: np.ndarray | None, frames: int = 40, seconds: float = 4.0) -> bytes:
+    """A GIF of a path [L, 2] through a maze as it is walked; the last frame stays a while."""
+    ends = np.unique(np.linspace(1, len(path), min(frames, len(path))).astype(int))
+    return _gif([_frame(maze, path[:end], goal, path[end - 1 : end], f"step {end - 1}") for end in ends], seconds)
+
+
+def _frame(maze: Maze, path: np.ndarray, goal: np.ndarray | None, rows: np.ndarray, title: str) -> np.ndarray:
+    figure, axes = pyplot.subplots(figsize=(3.2, 3.4))
+    draw_maze(axes, maze)
+    draw_path(axes, path, goal, rows)
+    axes.set_title(title, fontsize=9, color=INK)
+    figure.set_dpi(90)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+    pyplot.close(figure)
+    return pixels
+
+
+def _gif(frames: Sequence[np.ndarray], seconds: float) -> bytes:
     each = int(1000 * seconds / len(frames))
-    imageio.imwrite(path, frames, extension=".gif", duration=[each] * (len(frames) - 1) + [1500], loop=0)
+    duration = [each] * (len(frames) - 1) + [1500]
+    return imageio.imwrite("<bytes>", frames, extension=".gif", duration=duration, loop=0)

@@ -1,7 +1,7 @@
 """Metrics: always a line of JSON each, and whatever trackers Accelerate knows beside it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,15 @@ class MetricsFile:
 def timeless(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without what differs between two equal runs: its times."""
     return {k: v for k, v in row.items() if k not in ("seconds", "steps_per_second") and not k.startswith("share_")}
+
+
+def evaluations(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The evaluations while training, each with the steps in environments that were reported last, if there are any."""
+    gathered: dict[str, Any] = {}
+    for row in rows:
+        gathered = {"environment_steps": row["environment_steps"]} if "environment_steps" in row else gathered
+        if "score" in row:
+            yield {"step": row["step"], **gathered, "score": row["score"], "return": row["return"]}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
