@@ -81,7 +81,7 @@ def _row(name: str, r: Mapping[str, Any], data: Mapping[str, Any], first: Mappin
     """A policy, with its difference to the first one where they met the same starts."""
     ours, compared = first["results"][first["policy"]], ""
     if r is not ours and all(data["protocol"][part] == first["protocol"][part] for part in _STARTS):
-        compared = plus_minus(asdict(paired(_scores(ours), _scores(r))), "+")
+        compared = plus_minus(asdict(paired(np.array(_scores(ours)), np.array(_scores(r)))), "+")
     return [name, str(r["n"]), *_numbers(r, _scores(r), r["returns"]), compared]
 
 
@@ -109,7 +109,7 @@ def _legend(evaluated: Sequence[tuple[Run, Mapping[str, Any]]], counts: Sequence
     care = f"{repeated} episodes were repeated after a fault, {cut} cut for their time." if repeated or cut else ""
     return (
         f"{unit} {protocol['environment']}, {json.dumps(protocol['kwargs'])}, {json.dumps(protocol['options'])}, "
-        f"starts of seed {', '.join(map(str, starts))}; n is the number of episodes. Policies meet the same starts, and "
-        f"the last column compares start by start. {evaluated[0][1].get('mismatch') or ''} {care} {seeds} "
+        f"starts of seed {', '.join(map(str, starts))}; n is the number of episodes. Policies meet the same starts, "
+        f"and the last column compares start by start. {evaluated[0][1].get('mismatch') or ''} {care} {seeds} "
         f"{caution(fewest) if caution(fewest) not in seeds else ''}"
     )
