@@ -40,13 +40,22 @@ LEAST = 0.1  # of the posterior's precision in a direction where the evidence is
 
 
 def at_noisy(
-    denoise: Denoise, x: Tensor, step: Step, *, evidence: Evidence, temperature: float, repeats: int = 1
+    denoise: Denoise,
+    x: Tensor,
+    step: Step,
+    *,
+    evidence: Evidence,
+    temperature: float,
+    repeats: int = 1,
+    lowest: int = 0,
 ) -> Guided:
     """x_k moved by `_reach` · ∇J(x_k), `repeats` times, then denoised (Janner et al. 2022, their code).
 
-    Evidence about x_0 is read as if x_k were x_0.
+    Evidence about x_0 is read as if x_k were x_0. Levels below `lowest` are not steered.
     """
     _check(evidence, temperature)
+    if step.level < lowest:
+        return unguided(denoise, x, step)
     moved = x
     for _ in range(repeats):
         value, slope = _slope(lambda y: evidence(y, step.k, temperature), moved)

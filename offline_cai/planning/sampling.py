@@ -78,6 +78,10 @@ class PlannerConfig:
     """Noise of a step: posterior or beta (Ho et al. 2020), or analytic, from the measured residual covariance."""
     guide: Literal["none", "at_noisy", "at_mean", "through_denoiser", "corrected", "jacobian"] = "none"
     """How the evidence steers the sampler; diffusion/guidance.py tells them apart."""
+    guide_repeats: int = 1
+    """Gradients that at_noisy follows at each level; 2 in Diffuser's code."""
+    guide_lowest: int = 0
+    """Lowest level that at_noisy steers at; 2 to 4 in Diffuser's code (t_stopgrad)."""
     temperature: float = 1.0
     """Units of return per nat."""
     kl_budget: float | None = None
@@ -123,6 +127,16 @@ class PlannerConfig:
             )
         if not 0 <= self.eta <= 1:
             raise UserError(f"planner.eta is {self.eta}; it is from 0 to 1.")
+        if self.guide_repeats < 1 or self.guide_lowest < 0:
+            raise UserError(
+                f"planner.guide_repeats is {self.guide_repeats} and planner.guide_lowest {self.guide_lowest}; take at "
+                "least 1 and at least 0."
+            )
+        if (self.guide_repeats, self.guide_lowest) != (1, 0) and self.guide != "at_noisy":
+            raise UserError(
+                f"planner.guide_repeats and planner.guide_lowest are for at_noisy, but planner.guide is {self.guide}: "
+                "leave them out."
+            )
         if self.sampler == "dpm" and self.reverse_variance != "posterior":
             raise UserError(
                 f"planner.reverse_variance is {self.reverse_variance}, but dpm's steps have no noise: set "
@@ -254,6 +268,8 @@ def _guide(model: Model, known: Known, c: PlannerConfig, temperature: float) -> 
         if evidence is None:
             raise UserError(f"planner.guide is {c.guide}, but there is nothing to steer by: {_NAME_SOME}")
         guide = partial(GUIDES[c.guide], evidence=evidence, temperature=temperature)
+        if c.guide == "at_noisy":
+            guide = partial(guide, repeats=c.guide_repeats, lowest=c.guide_lowest)
     constraints = [ConstraintInUnits(model.codec, constraint) for constraint in c.evidence.constraints]
     if constraints:
         check_feasible(constraints, known)

@@ -118,6 +118,23 @@ def test_a_learned_return_is_read_where_the_guide_reads() -> None:
     assert all(mean > 0.1 for guide, mean in means.items() if guide != "none")
 
 
+def test_at_noisy_has_the_settings_of_diffuser_s_code() -> None:
+    """Two gradients a level reach further than one, and none below the lowest level that is steered."""
+    asked: list[int] = []
+
+    def learned(x: Tensor, k: Tensor, temperature: float) -> Tensor:
+        asked.append(int(k[0]))
+        return linear(x, k, temperature)
+
+    of, means = model(learned=Learned(learned, "x")), []
+    for settings, count in (({}, 32), ({"guide_repeats": 2}, 64), ({"guide_lowest": 32}, 0), ({"guide_lowest": 4}, 28)):
+        asked.clear()
+        planner = PlannerConfig(sampler="ddpm", steps=32, guide="at_noisy", temperature=8.0, **settings)  # type: ignore[arg-type]
+        means.append(float(draw(of, *nothing(200), planner).x.mean()))
+        assert len(asked) == count and (not asked or min(asked) == settings.get("guide_lowest", 0))
+    assert means[1] > means[0] > means[3] > means[2]
+
+
 @pytest.mark.parametrize("bounds", [None, (0.1, 100.0)])
 def test_a_kl_budget_becomes_the_temperature_that_spends_it(bounds: tuple[float, float] | None) -> None:
     """A Gaussian return of standard deviation s: its posterior is s² / 2 / temperature² nats away."""
@@ -154,6 +171,8 @@ def test_what_cannot_be_done_is_named() -> None:
         ({"eta": -0.1}, "eta"),
         ({"condition_weight": math.inf}, "a number of at least 0"),
         ({"sampler": "dpm", "reverse_variance": "analytic"}, "dpm's steps have no noise"),
+        ({"guide": "at_noisy", "guide_repeats": 0}, "take at least 1"),
+        ({"guide": "corrected", "guide_lowest": 2}, "are for at_noisy, but planner.guide is corrected"),
         ({"reverse_variance": "beta"}, "eta is 0.0: set planner.sampler to ddpm"),
     ):
         with pytest.raises(UserError, match=words):
