@@ -31,6 +31,16 @@ from offline_cai.planning.sampling import Model, PlannerConfig, draw, temperatur
 
 
 @dataclass(frozen=True)
+class GivenConfig:
+    """A part of one row that plans are given."""
+
+    row: int
+    """From 0, or from the end: -1 is the last."""
+    columns: tuple[int, ...]
+    """Columns of the selected observation."""
+
+
+@dataclass(frozen=True)
 class DiffuserConfig:
     """The trajectory model, its noise and its planner."""
 
@@ -44,6 +54,8 @@ class DiffuserConfig:
     """Field of the observation that says where a plan should end; null: plans have no goal."""
     goal_columns: tuple[int, ...] = (0, 1)
     """Columns of the selected observation that the goal fixes in the last row."""
+    given: tuple[GivenConfig, ...] = ()
+    """What else is given, such as a waypoint, [{row: 8, columns: [0, 1]}]: in training as in plans."""
     actions: bool = False
     """Whether rows also hold the actions of their time steps (needed to execute a plan by its own actions)."""
     normaliser: NormaliserKind = "limits"
@@ -187,6 +199,7 @@ class Diffuser(Algorithm):
         for name, used in (
             ("goal_columns", c.goal_columns if c.goal_field else ()),
             ("the tracker's columns", c.planner.tracker.columns if c.planner.execute == "track" else ()),
+            ("the columns of model.given", [column for part in c.given for column in part.columns]),
             ("the evidence's columns", evidence.columns),
         ):
             if not all(0 <= column < width for column in used):
@@ -194,11 +207,11 @@ class Diffuser(Algorithm):
                     f"{name} are {list(used)}, but fields {list(c.fields)} make {width} columns: take numbers from 0 "
                     f"to {width - 1}."
                 )
-        for goal in evidence.goals:
-            if goal.row is not None and not -rows <= goal.row < rows:
+        asked = [("planner.evidence: a goal", goal.row) for goal in evidence.goals if goal.row is not None]
+        for name, row in [*asked, *(("model.given: a part", part.row) for part in c.given)]:
+            if not -rows <= row < rows:
                 raise UserError(
-                    f"planner.evidence: a goal is for row {goal.row}, but plans have {rows} rows: take 0 to "
-                    f"{rows - 1}, or -1 for the last."
+                    f"{name} is for row {row}, but plans have {rows} rows: take 0 to {rows - 1}, or -1 for the last."
                 )
 
     def _require_rows(self, name: str, rows: int) -> None:
@@ -319,41 +332,64 @@ class Diffuser(Algorithm):
         return self.inverse(pairs).unflatten(-1, (self.config.stride, self.spec.action_width))
 
     def mask(self, x: Tensor) -> Tensor:
-        """The first row's state, and in the last row the goal's columns."""
+        """The first row's state, in the last row the goal's columns, and what else is given."""
         mask = torch.zeros_like(x, dtype=torch.bool)
         mask[:, 0, self.codec.actions :] = True
         if self.config.goal_field:
             mask[:, -1, [self.codec.actions + column for column in self.config.goal_columns]] = True
+        for part in self.config.given:
+            mask[:, part.row, [self.codec.actions + column for column in part.columns]] = True
         return mask
 
     # Plans -----------------------------------------------------------------------------------------------------------
 
-    def known(self, obs: np.ndarray) -> Known:
-        """The known rows for observations [N, O]: the state now, and the goal if the observation names one."""
+    def known(self, obs: np.ndarray, given: np.ndarray | None = None) -> Known:
+        """The known rows for observations [N, O]: the state now, the goal if the observation names one, and `given`.
+
+        Args:
+            given: [N, m] in raw units, the m numbers of the config's `given`, in its order.
+
+        Raises:
+            UserError: there are more or fewer of them than the model was trained to be given.
+        """
+        parts = [(part.row, column) for part in self.config.given for column in part.columns]
+        numbers = np.zeros((len(obs), 0)) if given is None else np.asarray(given)
+        if numbers.shape != (len(obs), len(parts)) or not np.isfinite(numbers).all():
+            raise UserError(
+                f"plans of this model are given {len(parts)} numbers (model.given: row, column {parts}) for each of "
+                f"{len(obs)} states, and got {list(numbers.shape)}: pass that many finite ones as `given`, or train "
+                "with another model.given."
+            )
         raw = torch.as_tensor(obs, dtype=torch.float32, device=self.schedule.abar.device)
         state = raw[:, self.codec.columns]
         rows = state[:, None].repeat(1, self.config.planner.rows or self.config.rows, 1)
         if self.config.goal_field:
             rows[:, -1, list(self.config.goal_columns)] = raw[:, self.spec.columns(self.config.goal_field)]
+        for (row, column), values in zip(parts, numbers.T, strict=True):
+            rows[:, row, column] = torch.as_tensor(values).to(rows)
         value = self.codec.obs_norm.encode(rows)
         if self.codec.actions:
             value = torch.cat([value.new_zeros(*value.shape[:2], self.codec.actions), value], dim=-1)
         return Known(value, self.mask(value))
 
     @torch.no_grad()
-    def plan(self, obs: np.ndarray, key: Tensor, temperature: float | None = None) -> Plan:
-        """Plans for observations [N, O], with random keys [N], as `config.planner` says.
+    def plan(
+        self, obs: np.ndarray, key: Tensor, temperature: float | None = None, given: np.ndarray | None = None
+    ) -> Plan:
+        """Plans for observations [N, O], with random keys [N], as `config.planner` says; `given` as in `known`.
 
         `temperature` stands in for the one that the config gives, or that its KL budget gives for these observations.
         """
         if temperature is None:
-            temperature = self.temperature(obs, key)
-        drawn = draw(self.model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner, temperature)
+            temperature = self.temperature(obs, key, given)
+        known, key = self.known(obs, given), key.to(self.schedule.abar.device)
+        drawn = draw(self.model, known, key, self.config.planner, temperature)
         return self._decode(*drawn)._replace(temperature=temperature)
 
-    def temperature(self, obs: np.ndarray, key: Tensor) -> float:
-        """The temperature of the plans for observations [N, O]."""
-        return temperature_of(self.model, self.known(obs), key.to(self.schedule.abar.device), self.config.planner)
+    def temperature(self, obs: np.ndarray, key: Tensor, given: np.ndarray | None = None) -> float:
+        """The temperature of the plans for observations [N, O]; `given` as in `known`."""
+        known = self.known(obs, given)
+        return temperature_of(self.model, known, key.to(self.schedule.abar.device), self.config.planner)
 
     def steer_by(self, evidence: Evidence, temperatures: tuple[float, float] | None = None) -> None:
         """Let a return count as evidence, for temperatures within a range, if it has one.
@@ -416,18 +452,20 @@ class Diffuser(Algorithm):
         log_evidence = None if log_evidence is None else log_evidence.cpu()
         return Plan(rows.unflatten(0, apart).cpu(), action, self.config.stride, log_weight.cpu(), log_evidence)
 
-    def policy(self, seed: int = 0, **options: Any) -> Planner:
+    def policy(self, seed: int = 0, given: np.ndarray | None = None, **options: Any) -> Planner:
         """The planner as a policy; `options` override fields of `config.planner` other than the sampler's.
 
-        A KL budget becomes a temperature at the first plans, and stays it.
+        `given` [m] are the numbers that all plans are given, as in `known`. A KL budget becomes a temperature at the
+        first plans, and stays it: it depends on the environments that are planned for first.
         """
         c = self.config.planner
         found: list[float] = []
 
         def propose(obs: np.ndarray, key: Tensor) -> Plan:
+            numbers = None if given is None else np.tile(given, (len(obs), 1))
             if not found:
-                found.append(self.temperature(obs, key))
-            return self.plan(obs, key, found[0])
+                found.append(self.temperature(obs, key, numbers))
+            return self.plan(obs, key, found[0], numbers)
 
         execute = "track" if c.execute == "track" else "actions"
         settings = {"tracker": c.tracker, "execute": execute, "replan": c.replan, **options}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offline_cai import seeding
-from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig
+from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig, GivenConfig
 from offline_cai.core import Episode, Known, Loss, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
@@ -47,6 +47,33 @@ def test_goal_columns_say_which_numbers_the_goal_fixes(store: Trajectories) -> N
     obs = np.asarray(store.obs[[0, 3]], dtype=np.float64)
     plan = build(store, goal_columns=(3, 0)).plan(obs, torch.tensor([1, 2]))
     assert np.allclose(plan.obs[:, 0, -1, [3, 0]], obs[:, 2:4], atol=1e-4)
+
+
+def test_waypoints_are_known_in_training_and_in_plans(store: Trajectories) -> None:
+    """Any part of a row besides the first state and the goal; plans ask for their numbers."""
+    parts = (GivenConfig(2, (1, 0)), GivenConfig(-1, (3,)))
+    diffuser = build(store, given=parts, rows=4)
+    batch = Windows(store, 4, 2).gather(np.array([8, 9]), torch.arange(2))
+    x = diffuser.codec.encode(batch)
+    assert diffuser.mask(x)[0].tolist() == [
+        [True] * 4,
+        [False] * 4,
+        [True, True, False, False],
+        [True, True, False, True],
+    ]
+    obs, given = np.asarray(store.obs[[0, 3]], dtype=np.float64), np.array([[0.3, -0.2, 0.1], [0.0, 0.1, 0.2]])
+    plan = diffuser.plan(obs, torch.tensor([1, 2]), given=given).obs[:, 0]
+    assert np.allclose(plan[:, 2, [1, 0]], given[:, :2], atol=1e-4) and np.allclose(
+        plan[:, -1, 3], given[:, 2], atol=1e-4
+    )
+    assert np.allclose(plan[:, 0], obs[:, 4:8], atol=1e-4) and np.allclose(plan[:, -1, :2], obs[:, 2:4], atol=1e-4)
+    for wrong in (None, given[:, :2], given[:1], np.full_like(given, np.nan)):
+        with pytest.raises(UserError, match=r"given 3 numbers .*row, column \[\(2, 1\), \(2, 0\), \(-1, 3\)\]"):
+            diffuser.plan(obs, torch.tensor([1, 2]), given=wrong)
+    assert diffuser.policy(given=given[0]).act(obs)[0].shape == (2, 2)
+    with pytest.raises(UserError, match="given 0 numbers"):
+        build(store).plan(obs, torch.tensor([1, 2]), given=given)
+    assert diffuser.fingerprint != build(store).fingerprint
 
 
 def test_without_a_goal_only_the_first_state_is_known(store: Trajectories) -> None:
@@ -146,6 +173,8 @@ def test_sizes_and_goals_that_do_not_fit_are_named(spec: Spec) -> None:
         ({"condition_dropout": 0.0, "planner": PlannerConfig(condition_weight=2.0)}, "unconditional estimate"),
         ({"planner": PlannerConfig(condition_weight=3.0)}, r"condition_weight \(3.0\) are for a model that is told"),
         ({"planner": PlannerConfig(target=0.5)}, r"target \(0.5\) .* trained without"),
+        ({"given": (GivenConfig(4, (0,)),)}, "a part is for row 4, but plans have 4 rows"),
+        ({"given": (GivenConfig(2, (4,)),)}, r"columns of model.given are \[4\]"),
         ({"planner": PlannerConfig(evidence=goal(4))}, "a goal is for row 4, but plans have 4 rows: take 0 to 3"),
         ({"planner": PlannerConfig(evidence=goal(-9), rows=8)}, "a goal is for row -9, but plans have 8 rows"),
         ({"planner": PlannerConfig(tracker=Tracker(position=(0, 7)))}, "make 4 columns"),
