@@ -154,7 +154,7 @@ def measure(
 
     Args:
         denoise: D(x_k, k) -> x_0, bounded as it will be when sampling.
-        x: rows of data in the model's space, not those that it was trained on where these are few.
+        x: rows of data in the model's space; a network that knows its training's by heart seems surer on them.
         mask: [R, D] bool, the numbers that are known, in training as in sampling.
         key: int64 [n], of the noise.
         rank: directions kept at each level, the most uncertain ones; the others share one variance. None: all of them;

@@ -30,10 +30,10 @@ class TemporalValue(nn.Module):
         condition: int = 0,
     ) -> None:
         super().__init__()
-        if channels * multipliers[-1] % 64:
+        if channels * multipliers[-1] % 32:
             raise UserError(
                 f"the value network's last level has {channels * multipliers[-1]} channels, but a quarter of them has "
-                "to be a multiple of 16: take a larger multiplier or more channels."
+                "to be a multiple of 8: take a larger multiplier or more channels."
             )
         self.rows = rows
         last = channels * multipliers[-1]

@@ -33,6 +33,7 @@ from offline_cai.diffusion.residual import Residual
 from offline_cai.diffusion.sampler import Denoise, Guide, ReverseVariance, ddim, ddpm, dpm_solver, unguided
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
+from offline_cai.inference.temperatures import posterior_kl
 from offline_cai.planning.tracking import Tracker
 
 READ_NOISED = ("at_noisy", "at_mean")
@@ -229,7 +230,11 @@ def temperature_of(model: Model, known: Known, key: Tensor, c: PlannerConfig) ->
     if model.learned is None or model.temperatures is None:
         return temperature_for(evidence, x, c.kl_budget)
     learned = _AtClean(model.learned)  # no function of return / temperature
-    return _bisect(lambda temperature: _kl(_at_clean(learned, x, temperature)), model.temperatures, c.kl_budget)
+
+    def spent(temperature: float) -> float:
+        return float(posterior_kl(_at_clean(learned, x, temperature).double(), 1.0).mean())
+
+    return _bisect(spent, model.temperatures, c.kl_budget)
 
 
 _NAME_SOME = "name some in planner.evidence, or train a learned return (algorithm: guide)."
@@ -298,12 +303,6 @@ def _at_clean(evidence: Evidence, x: Tensor, temperature: float) -> Tensor:
     """Nats [N, n] of samples [N, n, R, D]."""
     flat = x.flatten(0, 1)
     return evidence(flat, torch.zeros(len(flat), dtype=torch.int64, device=x.device), temperature).view(x.shape[:2])
-
-
-def _kl(value: Tensor) -> float:
-    """Mean over plans of the nats between samples weighted by exp(value) [N, n] and equal weights."""
-    log_weight = value.double().log_softmax(1)
-    return float((log_weight.exp() * log_weight).sum(1).mean() + math.log(value.shape[1]))
 
 
 def _bisect(kl: Callable[[float], float], bounds: tuple[float, float], budget: float) -> float:

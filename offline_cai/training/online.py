@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,12 +256,15 @@ class ReplaySource(OnlineSource):
     def _capacity(self) -> int:
         return self._config.capacity
 
+    @cached_property
+    def _windows(self) -> ReplayWindows:
+        needs = self._algorithm.needs
+        return ReplayWindows(self._replay, needs.horizon, needs.stride, needs.padding)
+
     def _batch(self, step: int) -> Batch:
         part = self._share.of(self._size)
-        needs = self._algorithm.needs
-        windows = ReplayWindows(self._replay, needs.horizon, needs.stride, needs.padding)
-        items = windows.draw(seeding.rng(self._seed, step), self._size)
-        return windows.gather(items[part], seeding.keys(self._seed, step, torch.arange(self._size)[part]))
+        items = self._windows.draw(seeding.rng(self._seed, step), self._size)
+        return self._windows.gather(items[part], seeding.keys(self._seed, step, torch.arange(self._size)[part]))
 
 
 class RolloutSource(OnlineSource):

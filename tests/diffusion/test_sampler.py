@@ -187,6 +187,31 @@ def test_dpm_solver_converges_faster_than_ddim(problem: Problem) -> None:
         assert (second.flatten(1)[:, ~problem.free] == 0).all()
 
 
+@pytest.mark.parametrize("steps", [5, 20])
+def test_dpm_solver_s_law_is_the_computed_one(problem: Problem, steps: int) -> None:
+    """Each step is affine in x and in the estimate before it (2M): its law is that of the first noise, propagated."""
+    d, f, n = problem.denoiser, problem.free, 20_000
+    size, levels = f.numel(), levels_of(problem.schedule, steps)
+    rows = torch.cat([torch.zeros(1, size), torch.eye(size)]).double()  # zero, and each unit of the first noise
+    value = d.known(1).value.flatten(1)
+    x, last, last_h = torch.where(f, rows, value), None, None
+    for level, following in zip(levels, [*levels[1:], -1], strict=True):
+        a, b = (problem.schedule.abar_at(torch.tensor([k])).flatten() for k in (level, following))
+        clean = d(x.view(-1, *d.value.shape), torch.full((len(x),), level)).flatten(1)
+        h = (b / (1 - b)).log() / 2 - (a / (1 - a)).log() / 2
+        ahead = clean if last is None or following < 0 else clean + (clean - last) * h / (2 * last_h)
+        ratio = ((1 - b) / (1 - a)).sqrt()
+        x = torch.where(f, ratio * x + (b.sqrt() - ratio * a.sqrt()) * ahead, value)  # equation 17, alpha (e^-h - 1)
+        last, last_h = clean, h
+    mean, slope = x[0], (x[1:] - x[0]).T
+    covariance = (slope * f) @ slope.T
+    drawn = dpm_solver(d, problem.schedule, d.known(n), seeding.keys(6, 0, torch.arange(n)), steps, None).flatten(1)
+    variance = covariance.diagonal()
+    assert ((drawn.mean(0) - mean).abs() <= 4 * (variance / n).sqrt() + 1e-9).all()
+    spread = ((variance[:, None] * variance[None] + covariance**2) / n).sqrt()
+    assert ((drawn.T.cov() - covariance).abs() <= 4.5 * spread + 1e-9).all()
+
+
 def test_imposing_what_is_known_on_an_unconditional_model_is_biased(problem: Problem) -> None:
     """The denoiser has to have been told: with one that was not, no number of steps mends the law of the rest."""
     d = problem.denoiser
