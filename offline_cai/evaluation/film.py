@@ -29,7 +29,7 @@ SECONDS = 0.05
 """Simulated time between two frames."""
 LARGE = 400
 """Pixels of a picture's height from which it is shown at half its size."""
-PATIENCE = 120.0
+PATIENCE = 180.0
 """Seconds of wall time that drawing may take."""
 
 

@@ -87,11 +87,14 @@ def executed(maze: Maze, paths: Mapping[str, Sequence[np.ndarray]], goal: np.nda
 def metric(name: str, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
     """A metric over steps: for each label the mean over its runs' rows, between lowest and highest.
 
-    The axis is logarithmic if everything on it is positive.
+    A label without runs leaves its colour free, so that labels have the same in all pictures. The axis is logarithmic if everything on it is positive.
     """
     figure, panel = pyplot.subplots(figsize=(3.8, 2.6))
-    for label, some in runs.items():
-        _band(panel, [{row["step"]: row[name] for row in rows if name in row} for rows in some], label)
+    for number, (label, some) in enumerate(runs.items()):
+        if some:
+            _band(
+                panel, [{row["step"]: row[name] for row in rows if name in row} for rows in some], label, f"C{number}"
+            )
     if all(row[name] > 0 for some in runs.values() for rows in some for row in rows if name in row):
         panel.set_yscale("log")
     panel.set_xlabel("optimiser steps", fontsize=8)
@@ -102,11 +105,12 @@ def metric(name: str, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]])
     return figure
 
 
-def _band(panel: Axes, curves: Sequence[Mapping[float, float]], label: str) -> None:
+def _band(panel: Axes, curves: Sequence[Mapping[float, float]], label: str, colour: str | None = None) -> None:
     """The mean of curves (step to value) over the steps that all of them have, between lowest and highest."""
     at = sorted(set.intersection(*(set(curve) for curve in curves)))
     values = np.array([[curve[step] for step in at] for curve in curves])
-    line = panel.plot(at, values.mean(0), linewidth=1.4, label=label, marker="." if len(at) < 3 else None)[0]
+    marker = "." if len(at) < 3 else None
+    line = panel.plot(at, values.mean(0), color=colour, linewidth=1.4, label=label, marker=marker)[0]
     panel.fill_between(at, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
 
 

@@ -25,6 +25,7 @@ def write(*folders: Path, output: Path | None = None, overwrite: bool = False) -
     runs, refused = _read(folders, notes)
     if not runs:
         raise refused[0]
+    runs = [run for run in runs if run.rows or run.results] or runs[:1]
     path = output or runs[0].folder / "report.html"
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already and is not overwritten: pass --overwrite, or name another file.")
@@ -98,15 +99,13 @@ def _learning(by_label: Mapping[str, Sequence[Run]]) -> str:
 def _metrics(by_label: Mapping[str, Sequence[Run]]) -> str:
     """Losses and what belongs to them, a picture each."""
     logged = {label: [run.rows for run in some if run.rows] for label, some in by_label.items()}
-    logged = {label: some for label, some in logged.items() if some}
     every = dict.fromkeys(name for some in logged.values() for rows in some for row in rows for name in row)
-    losses = [name for name in every if name.endswith("loss")]
-    names = [*losses, *(name for name in ("grad_norm", "kl", "temperature", "learning_rate") if name in every)]
+    ends = ("loss", "grad_norm", "kl", "temperature", "learning_rate")
+    names = [name for end in ends for name in every if name.endswith(end)]
     drawn = []
     for name in names:
         having = {label: [rows for rows in some if any(name in row for row in rows)] for label, some in logged.items()}
-        figure = plots.metric(name, {label: some for label, some in having.items() if some})
-        drawn.append(page.picture(plots.png(figure), "", alt=f"{name} over optimiser steps"))
+        drawn.append(page.picture(plots.png(plots.metric(name, having)), "", alt=f"{name} over optimiser steps"))
     if not drawn:
         return ""
     caption = "From every line of metrics.jsonl; several seeds as their mean, between lowest and highest."

@@ -20,7 +20,7 @@ p.score, ul.notes { background: var(--mark); border-left: 4px solid var(--accent
 ul.notes { list-style: none; margin: 1rem 0; } ul.notes li { margin: .2rem 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .3rem 1rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } .scores td { white-space: nowrap; } .scores td:first-child { white-space: normal;
+th { font-weight: 600; } .scores td, .scores th { white-space: nowrap; } .scores td:first-child { white-space: normal;
 min-width: 8rem; } td.n, .scores th:not(:first-child) { text-align: right; } tr.over td { font-weight: 600; }
 img { max-width: 100%; height: auto; } .wide img { min-width: 34rem; } figure { margin: 1rem 0; }
 figcaption, .note { color: var(--soft); font-size: .88rem; } pre { background: var(--box); padding: .9rem;

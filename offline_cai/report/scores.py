@@ -109,7 +109,7 @@ def _legend(evaluated: Sequence[tuple[Run, Mapping[str, Any]]], counts: Sequence
     care = f"{repeated} episodes were repeated after a fault, {cut} cut for their time." if repeated or cut else ""
     return (
         f"{unit} {protocol['environment']}, {json.dumps(protocol['kwargs'])}, {json.dumps(protocol['options'])}, "
-        f"starts of seed {', '.join(map(str, starts))}; n is the number of episodes. Policies meet the same starts, "
-        f"and the last column compares start by start. {evaluated[0][1].get('mismatch') or ''} {care} {seeds} "
+        f"starts of seed {', '.join(map(str, starts))}; n counts episodes. Policies meet the same starts, and "
+        f"the last column compares start by start. {evaluated[0][1].get('mismatch') or ''} {care} {seeds} "
         f"{caution(fewest) if caution(fewest) not in seeds else ''}"
     )
