@@ -59,7 +59,11 @@ def test_scores_carry_how_it_was_guided(guided: Path, tmp_path: Path) -> None:
     lowest, mean = (found[f"effective sample size, {which}"] for which in ("lowest", "mean"))
     assert 1 <= lowest <= mean <= 3 and np.isfinite(found["log-evidence, mean, nats"])
     assert data["planner"]["rows"] == 16 and data["planner"]["horizon in steps"] == 128
-    assert "score: planner" in report.write(copy).read_text()
+    shutil.rmtree(copy / "evaluation")
+    shutil.copytree(tmp_path / "weighed", copy / "evaluation")
+    page = report.write(copy).read_text()
+    assert "score: planner" in page and "log-evidence, mean, nats" in page
+    assert f"{found['effective sample size, mean']:.4g}" in page
     bc = commands.train(experiment.load("debug-bc"), tmp_path / "bc", quiet=True)
     with pytest.raises(UserError, match="only fields of a planner"):
         commands.evaluate(bc, flags={"planner.steps": "2"}, quiet=True)

@@ -87,7 +87,8 @@ def executed(maze: Maze, paths: Mapping[str, Sequence[np.ndarray]], goal: np.nda
 def metric(name: str, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
     """A metric over steps: for each label the mean over its runs' rows, between lowest and highest.
 
-    A label without runs leaves its colour free, so that labels have the same in all pictures. The axis is logarithmic if everything on it is positive.
+    A label without runs leaves its colour free, so that labels have the same in all pictures. The axis is logarithmic
+    if everything on it is positive.
     """
     figure, panel = pyplot.subplots(figsize=(3.8, 2.6))
     for number, (label, some) in enumerate(runs.items()):

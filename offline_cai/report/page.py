@@ -25,8 +25,8 @@ min-width: 8rem; } td.n, .scores th:not(:first-child) { text-align: right; } tr.
 img { max-width: 100%; height: auto; } .wide img { min-width: 34rem; } figure { margin: 1rem 0; }
 figcaption, .note { color: var(--soft); font-size: .88rem; } pre { background: var(--box); padding: .9rem;
 overflow-x: auto; font-size: .82rem; line-height: 1.4; } summary { cursor: pointer; margin: .8rem 0; }
-.grid { display: flex; flex-wrap: wrap; gap: 0 1rem; } .grid figure { flex: 1 1 15rem; max-width: 21rem;
-margin: .5rem 0; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .5rem 1rem; }
+.grid figure { margin: 0; }
 """
 
 

@@ -1,0 +1,168 @@
+"""The page about runs: two of behaviour cloning that differ in their seed, and a planner."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+
+from offline_cai import cli, commands, report
+from offline_cai.errors import Notice, UserError
+from offline_cai.report import runs, sections
+from offline_cai.training import experiment
+
+WHILE_TRAINING = {"training.evaluate_every": "10", "training.evaluate_episodes": "2"}
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def cloned(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two seeds, evaluated on the same starts."""
+    folder, found = tmp_path_factory.mktemp("cloned"), []
+    for seed in ("0", "1"):
+        found.append(
+            commands.train(experiment.load("debug-bc", {"seed": seed, **WHILE_TRAINING}), folder / seed, quiet=True)
+        )
+        commands.evaluate(found[-1], flags={"references": "[random]"}, quiet=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(run: Path, cloned: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page about both and about a planner that was not evaluated."""
+    copy = tmp_path_factory.mktemp("reported") / "run"
+    shutil.copytree(run, copy)
+    commands.plan(copy, 2, 1)
+    with pytest.warns(Notice, match="has no evaluation"):
+        return report.write(*cloned, copy, output=copy.parent / "page.html")
+
+
+def test_the_page_holds_every_picture_and_needs_nothing_else(written: Path) -> None:
+    tags = Page(written.read_text()).tags
+    pictures = [attributes["src"] or "" for tag, attributes in tags if tag == "img"]
+    assert len(pictures) > 12 and all(attributes["alt"] for tag, attributes in tags if tag == "img")
+    for source in pictures:
+        kind, data = re.fullmatch(r"data:image/(png|gif);base64,(.*)", source).groups()  # type: ignore[union-attr]
+        assert imageio.imread(io.BytesIO(base64.b64decode(data)), extension=f".{kind}").std() > 1
+    assert not [tag for tag, _ in tags if tag in ("script", "iframe", "object")]
+    addresses = [a[name] or "" for _, a in tags for name in ("src", "href", "srcset") if name in a]
+    assert all(address.startswith("data:") for address in addresses)
+    assert "url(" not in written.read_text() and "@import" not in written.read_text()
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in tags
+
+
+def test_seeds_share_a_row_with_one_score_each(written: Path, cloned: list[Path]) -> None:
+    text = written.read_text()
+    results = [json.loads((path / "evaluation" / "results.json").read_text())["results"]["bc"] for path in cloned]
+    means = np.array([r["mean"] for r in results])
+    cells = f"{means.mean():.1f} ± {means.std(ddof=1) / np.sqrt(2):.1f}"
+    assert f'debug-bc, 2 seeds</td><td class="n">2 × 4</td><td class="n">{cells}' in text
+    difference = np.subtract(results[0]["normalised"], results[1]["normalised"])
+    paired = f"{difference.mean():+.1f} ± {difference.std(ddof=1) / 2:.1f}"
+    row = re.search(r"<tr><td>debug-bc, seed 1</td>.*?</tr>", text)
+    assert row is not None and row[0].endswith(f'<td class="n">{paired}</td></tr>')
+    assert text.count("<td>random</td>") == 1, "a reference on the same starts is one row"
+    assert "n = 2: from so few scores" in text and "Scores of evaluations while training" in text
+
+
+def test_runs_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    def made(seed: int, steps: int, name: str = "a") -> runs.Run:
+        return runs.Run(tmp_path, {"name": name, "seed": seed, "training": {"steps": steps}}, [], None)
+
+    found = runs.groups([made(0, 1), made(1, 1), made(0, 2), made(0, 2, "b")])
+    assert {label: len(some) for label, some in found.items()} == {
+        "a (training.steps 1)": 2,
+        "a (training.steps 2)": 1,
+        "b": 1,
+    }
+
+
+def test_bad_runs_are_sentences_and_the_rest_is_written(
+    cloned: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sections, "film", lambda *_: (_ for _ in ()).throw(UserError("no screen.")))
+    empty, damaged = tmp_path / "empty", tmp_path / "damaged"
+    empty.mkdir()
+    shutil.copy(cloned[0] / "config.yaml", empty)
+    shutil.copytree(cloned[1], damaged)
+    (damaged / "evaluation" / "results.json").write_text("{")
+    (damaged / "metrics.jsonl").write_text("nonsense\n{}\n")
+    words = [str(path) for path in (cloned[0], empty, damaged, tmp_path / "typo")]
+    assert cli.main(["report", *words, "--output", str(tmp_path / "page.html")]) == 0
+    said, text = capsys.readouterr().err, (tmp_path / "page.html").read_text()
+    for sentence in (
+        f"{empty} holds no checkpoint",
+        f"the evaluation of {damaged} is left out: ",
+        f"the learning curves of {damaged} are left out: ",
+        f"left out: {tmp_path / 'typo'} holds no config.yaml",
+    ):
+        assert said.count(sentence) == 1 and text.count(sentence) == 1, sentence
+    assert "score: bc" not in text and "Policy beside dataset" in text and "debug-umaze" in text
+    assert "drawn from its positions: no screen." in text, "a maze needs none"
+    assert cli.main(["report", *words, "--output", str(tmp_path / "page.html")]) == 2
+    assert "is not overwritten: pass --overwrite" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "typo"), str(tmp_path)]) == 2, "no run at all"
+
+
+def test_what_cannot_be_drawn_is_said(cloned: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def film(*_: Any) -> None:
+        raise UserError("nothing here can draw.")
+
+    run, kept = runs.read(cloned[0], []), sections._kept
+    monkeypatch.setattr(sections, "film", film)
+    monkeypatch.setattr(sections, "_kept", lambda run: kept(run)._replace(maze=None))
+    assert "There is no film: nothing here can draw." in sections._rollout(run)
+    (copy := cloned[0].with_name("copy")).mkdir()
+    with pytest.raises(UserError, match="kept no episodes: evaluate it again"):
+        kept(run._replace(folder=copy))
+
+
+def test_a_section_with_damaged_files_is_left_out(cloned: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(cloned[0], tmp_path / "r")
+    (tmp_path / "r" / "evaluation" / "episodes.npz").write_bytes(b"PK no more")
+    with pytest.warns(Notice) as caught:
+        text = report.write(tmp_path / "r").read_text()
+    said = [str(warning.message) for warning in caught if warning.category is Notice]
+    assert [line.split(" of ")[0] for line in said] == ["the pictures of a rollout", "the distributions"]
+    assert "Executed paths" in text and "Policy beside dataset" not in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed to open the page in")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_it_all_without_errors_and_without_scrolling_sideways(
+    written: Path, tmp_path: Path, width: int
+) -> None:
+    """A copy of the page is asked for its pictures that did not load and for its width."""
+    script = (
+        "<script>onload = () => { document.title = ['found', [...document.images].filter(i => !i.naturalWidth).length, "
+        "document.documentElement.scrollWidth <= innerWidth, innerWidth].join(' ') }</script></body>"
+    )
+    (tmp_path / "page.html").write_text(written.read_text().replace("</body>", script))
+    command = [
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},1600", "--virtual-time-budget=20000",
+        "--dump-dom", f"file://{tmp_path / 'page.html'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "CONSOLE" not in done.stderr
+    assert f"<title>found 0 true {width}</title>" in done.stdout
