@@ -115,7 +115,7 @@ def _metrics(by_label: Mapping[str, Sequence[Run]]) -> str:
 def _alone(label: str, some: Sequence[Run], named: bool, notes: list[str]) -> list[str]:
     """What is to be seen of the first of runs that differ in their seed."""
     run = some[0]
-    parts = [page.heading(2, label)] if named else []
+    parts = [page.heading(2, label if named else "The run")]
     if len(some) > 1:
         parts.append(page.paragraph(f"What follows is of seed {run.seed}, in {run.folder}."))
     for what, section in sections.ALL.items():

@@ -71,10 +71,10 @@ def _table(labels: Mapping[str, Sequence[Run]]) -> str:
 
 def _over_seeds(label: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The mean scores of runs, one score each."""
-    means = [r["mean"] for r in results]
+    means = np.array([r["mean"] for r in results])
     episodes = "/".join(str(n) for n in sorted({r["n"] for r in results}))
     count, returns = f"{len(means)} × {episodes}", [np.mean(r["returns"]) for r in results]
-    return [f"{label}, {len(means)} seeds", count, *_numbers(asdict(summarise(np.array(means))), means, returns), ""]
+    return [f"{label}, {len(means)} seeds", count, *_numbers(asdict(summarise(means)), means, returns), ""]
 
 
 def _row(name: str, r: Mapping[str, Any], data: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
@@ -85,13 +85,13 @@ def _row(name: str, r: Mapping[str, Any], data: Mapping[str, Any], first: Mappin
     return [name, str(r["n"]), *_numbers(r, _scores(r), r["returns"]), compared]
 
 
-def _numbers(r: Mapping[str, Any], scores: Sequence[float], returns: Sequence[float]) -> list[str]:
+def _numbers(r: Mapping[str, Any], scores: np.ndarray, returns: Sequence[float]) -> list[str]:
     interval = f"{r['iqm']:.1f} [{r['low']:.1f}, {r['high']:.1f}]"
-    return [plus_minus(r), interval, f"{min(scores):.1f}", f"{np.mean(returns):.1f}"]
+    return [plus_minus(r), interval, f"{scores.min():.1f}", f"{np.mean(returns):.1f}"]
 
 
-def _scores(r: Mapping[str, Any]) -> list[float]:
-    return r["normalised"] or r["returns"]
+def _scores(r: Mapping[str, Any]) -> np.ndarray:
+    return np.array(r["normalised"] or r["returns"])
 
 
 def _legend(evaluated: Sequence[tuple[Run, Mapping[str, Any]]], counts: Sequence[int]) -> str:

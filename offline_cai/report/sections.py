@@ -119,10 +119,11 @@ def _distributions(run: Run) -> str:
             figure = plots.histogram(name, ours[:, i], theirs[:, i])
             drawn.append(page.picture(plots.png(figure), "", alt=f"{name} of policy and dataset"))
     left = [f"{len(some) - COLUMNS[what]} more {what}s" for what, some in names.items() if len(some) > COLUMNS[what]]
+    more = f" Not shown: {' and '.join(left)}." if left else ""
     caption = (
         f"The policy's {len(kept.action)} steps ({len(kept.length)} episodes of the evaluation) beside {len(action)} "
         f"steps of {run.settings['dataset']}; each histogram adds up to one, and its outermost bins hold what lies "
-        f"beyond. {'Not shown: ' if left else ''}{' and '.join(left)}"
+        f"beyond.{more}"
     )
     return page.heading(3, "Policy beside dataset") + page.grid(drawn) + page.paragraph(caption)
 
