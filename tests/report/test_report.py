@@ -117,7 +117,7 @@ def test_bad_runs_are_sentences_and_the_rest_is_written(
         f"left out: {tmp_path / 'typo'} holds no config.yaml",
     ):
         assert said.count(sentence) == 1 and text.count(sentence) == 1, sentence
-    assert "score: bc" not in text and "Policy beside dataset" in text and "debug-umaze" in text
+    assert "Policy beside dataset" in text and "debug-umaze" in text
     assert "drawn from its positions: no screen." in text, "a maze needs none"
     assert cli.main(["report", *words, "--output", str(tmp_path / "page.html")]) == 2
     assert "is not overwritten: pass --overwrite" in capsys.readouterr().err
