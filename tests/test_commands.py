@@ -60,7 +60,8 @@ def test_the_report_is_one_file_with_everything_in_it(done: Path) -> None:
     text = (done / "report.html").read_text()
     assert text.count("data:image/gif;base64,") == 2, "denoising and rollout"
     assert not re.search(r'(src|href)="(?!data:)', text), "nothing outside the file is needed"
-    for part in ("score: planner", "occupancy path", "Policy beside dataset", "wall time", "algorithm: diffuser", "mujoco"):
+    parts = ("score: planner", "occupancy path", "Policy beside dataset", "wall time", "algorithm: diffuser", "mujoco")
+    for part in parts:
         assert part in text, part
 
 
