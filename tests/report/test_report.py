@@ -143,7 +143,7 @@ def test_a_section_with_damaged_files_is_left_out(cloned: list[Path], tmp_path: 
     with pytest.warns(Notice) as caught:
         text = report.write(tmp_path / "r").read_text()
     said = [str(warning.message) for warning in caught if warning.category is Notice]
-    assert [line.split(" of ")[0] for line in said] == ["the pictures of a rollout", "the distributions"]
+    assert [line.split(" of /")[0] for line in said] == ["the pictures of a rollout", "the distributions"]
     assert "Executed paths" in text and "Policy beside dataset" not in text
 
 
@@ -152,16 +152,19 @@ def test_a_section_with_damaged_files_is_left_out(cloned: list[Path], tmp_path: 
 def test_a_browser_shows_it_all_without_errors_and_without_scrolling_sideways(
     written: Path, tmp_path: Path, width: int
 ) -> None:
-    """A copy of the page is asked for its pictures that did not load and for its width."""
+    """A copy of the page, in a frame of this width, tells its pictures that did not load and whether it is too wide."""
     script = (
-        "<script>onload = () => { document.title = ['found', [...document.images].filter(i => !i.naturalWidth).length, "
-        "document.documentElement.scrollWidth <= innerWidth, innerWidth].join(' ') }</script></body>"
+        "<script>onload = () => parent.postMessage(['found', [...document.images].filter(i => !i.naturalWidth).length, "
+        "document.documentElement.scrollWidth <= innerWidth, innerWidth].join(' '), '*')</script></body>"
     )
     (tmp_path / "page.html").write_text(written.read_text().replace("</body>", script))
+    frame = f'<iframe src="page.html" width="{width}" height="1600" frameborder="0"></iframe>'
+    listen = "<script>onmessage = (event) => { document.title = event.data }</script>"
+    (tmp_path / "frame.html").write_text(f"<!doctype html><title></title>{listen}{frame}")
     command = [
         str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},1600", "--virtual-time-budget=20000",
-        "--dump-dom", f"file://{tmp_path / 'page.html'}",
+        f"--user-data-dir={tmp_path / 'browser'}", "--window-size=1300,1600", "--virtual-time-budget=20000",
+        "--dump-dom", f"file://{tmp_path / 'frame.html'}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in done.stderr
