@@ -250,7 +250,7 @@ class Soak:
             victim.join()
             inside += run.traces(since)
             for child in children:
-                child.join(10)
+                child.join(60)
                 alone += child is not victim and child.exitcode is not None
             end(children, 0)
             status = run.finish()
@@ -309,10 +309,12 @@ class Soak:
         os.kill(children[0].pid, signal.SIGINT)
         first = end(children)
         before = checkpoint.find(run.folder)
+        written = (run.folder / "metrics.jsonl").stat().st_size
         children = run.start("slow:30")
-        time.sleep(2)
+        while (run.folder / "metrics.jsonl").stat().st_size <= written and children[0].is_alive():
+            time.sleep(0.01)
         os.kill(children[0].pid, signal.SIGTERM)
-        while not list((run.folder / "checkpoints").glob(".writing-*")):
+        while not list((run.folder / "checkpoints").glob(".writing-*")) and children[0].is_alive():
             time.sleep(0.01)
         began = time.monotonic()
         os.kill(children[0].pid, signal.SIGTERM)
