@@ -244,7 +244,10 @@ class Soak:
         for number in range(count):
             run = Run(self.root, f"kill-{processes}-{number}", *self.flags, processes=processes)
             since, children = time.time(), run.start()
-            time.sleep(self.random.uniform(0.1, 1) * seconds)
+            metrics = run.folder / "metrics.jsonl"
+            while processes > 1 and not (metrics.exists() and metrics.stat().st_size):
+                time.sleep(0.005)  # before they have met, the other one waits for as long as torch does
+            time.sleep(self.random.uniform(0.1, 1) * (seconds if processes == 1 else 0.3))
             victim = self.random.choice(children)
             victim.kill()
             victim.join()
