@@ -79,5 +79,7 @@ def describe(training: TrainingConfig, accelerator: Accelerator) -> str:
     devices = gather_object([f"{accelerator.device} of {socket.gethostname()}"])
     n, wanted, used = accelerator.num_processes, training.mixed_precision, accelerator.mixed_precision
     backend = f", {accelerator.state.backend}" if n > 1 else ""
-    text = f"{n} {'process' if n == 1 else 'processes'}{backend}: {', '.join(devices)}"
+    threads = torch.get_num_threads()
+    each = f"{threads} thread{'' if threads == 1 else 's'}{'' if n == 1 else ' each'}"
+    text = f"{n} {'process' if n == 1 else 'processes'}{backend}, {each}: {', '.join(devices)}"
     return text if wanted == used else f"{text}; no {wanted} there, so in float32"
