@@ -11,7 +11,7 @@ from offline_cai.core import Step
 from offline_cai.inference import soft
 from offline_cai.policies.dial import Dial, Temperature
 
-LARGEST = 700.0  # nats: exp stays finite in float64
+LARGEST = 600.0  # nats: exp is 1e260, and float64 (up to 1e308) holds the sum of any batch, of nats · exp(nats) too
 
 
 class Projection(nn.Module):
@@ -24,7 +24,7 @@ class Projection(nn.Module):
     Args:
         temperature: reward per nat, or auto; of standardised advantages it has no unit.
         kl_budget: nats, with temperature auto; None: 0.5.
-        clip: the largest weight, None for no bound.
+        clip: the largest weight, None for no bound; then weights of more than 88 nats overflow in float32.
         normalise: whether advantages are standardised over the batch.
     """
 
