@@ -24,7 +24,7 @@ from offline_cai.policies import dial, priors
 from offline_cai.policies.acting import OfflineActorAlgorithm
 from offline_cai.policies.dial import Dial, Temperature
 from offline_cai.policies.networks import Actor, Critic, follow, slow
-from offline_cai.policies.priors import PriorKind
+from offline_cai.policies.priors import DensityPrior, PriorKind
 
 NEXT, NOW = 2, 3  # streams of noise, beside the prior's own
 
@@ -159,6 +159,7 @@ class KLActor(OfflineActorAlgorithm):
         that the actor is fitted to. Beyond the bounds an action does what it does at them.
         """
         if self.config.direction == "reverse":
+            assert isinstance(self.prior, DensityPrior)  # the config demands one
             draw = self.actor(obs).draw(key, self.config.samples, stream)
             q = self._q(critic, obs, draw.action)
             return Actions(draw.action, draw.weight, draw.log_prob - self.prior.log_prob(obs, draw.action), q)

@@ -28,9 +28,6 @@ LOG_STD = (-5.0, 1.0)  # of a mixture's components: none collapses onto one acti
 class Prior(nn.Module, ABC):
     """p(a | s)."""
 
-    density = True
-    """Whether `log_prob` is there."""
-
     @abstractmethod
     def loss(self, obs: Tensor, action: Tensor, key: Tensor) -> Tensor:
         """What is minimised for the data's actions, [B]; its noise comes from keys [B]."""
@@ -38,10 +35,6 @@ class Prior(nn.Module, ABC):
     @abstractmethod
     def draw(self, obs: Tensor, key: Tensor, n: int, stream: int = 0) -> Draw:
         """n actions of each state, or all choices, without gradients; log_prob is NaN where there is no density."""
-
-    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
-        """[..., B]."""
-        raise NotImplementedError
 
 
 def build(kind: PriorKind, spec: Spec, hidden: Sequence[int], components: int, levels: int, steps: int) -> Prior:
@@ -77,6 +70,7 @@ class DensityPrior(Prior):
         return self.at(obs).draw(key, n, stream)
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        """[..., B] for actions [..., B, U]."""
         return self.at(obs).log_prob(action)
 
 
@@ -128,8 +122,6 @@ class DiffusionPrior(Prior):
 
     Draws are DPM-Solver++'s, with estimates within the bounds. It has no density: what needs one has to do without.
     """
-
-    density = False
 
     def __init__(self, spec: Spec, hidden: Sequence[int], levels: int, steps: int) -> None:
         super().__init__()
