@@ -17,14 +17,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offline_cai import seeding
-from offline_cai.core import Algorithm, Batch, Box, Chunks, Field, Loss, Needs, Policy, Spec
+from offline_cai.core import Algorithm, Batch, Box, Chunks, Field, Loss, Needs, Spec
 from offline_cai.networks.mlp import mlp
+from offline_cai.policies.acting import ActorPolicy
+from offline_cai.policies.distributions import Gaussian
 from offline_cai.training.experiment import TrainingConfig
 from offline_cai.training.state import TrainingState
 
@@ -67,8 +70,12 @@ class ActorCritic(Algorithm):
         weights = {name: p.detach() for name, p in critic.named_parameters()} if frozen else {}
         return torch.func.functional_call(critic, weights, (x,))[:, 0]
 
-    def policy(self, seed: int = 0, **options: Any) -> Policy:
-        raise NotImplementedError
+    def pi(self, obs: np.ndarray) -> Gaussian:
+        mean = torch.tanh(self.actor(torch.as_tensor(obs, dtype=torch.float32)))
+        return Gaussian(mean, torch.ones_like(mean))
+
+    def policy(self, seed: int = 0, **options: Any) -> ActorPolicy:
+        return ActorPolicy(self.spec, self.pi, seed)
 
 
 def batch(step: int, rank: int, processes: int) -> Batch:

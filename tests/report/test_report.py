@@ -147,6 +147,7 @@ def test_a_section_with_damaged_files_is_left_out(cloned: list[Path], tmp_path: 
     assert "Executed paths" in text and "Policy beside dataset" not in text
 
 
+# No package brings a browser. Without one all else about the page is tested; what it looks like in a window is not.
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed to open the page in")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_it_all_without_errors_and_without_scrolling_sideways(
