@@ -347,14 +347,6 @@ class Algorithm(nn.Module, ABC):
     @abstractmethod
     def policy(self, seed: int = 0, **options: Any) -> Policy: ...
 
-    def explore(self, obs: np.ndarray, key: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        """Raw actions [N, A] to gather data with at observations [N, O], and their log-probabilities [N] if known.
-
-        A function of parameters, observations and random keys [N], row by row. Define it if `needs.source` is not
-        offline.
-        """
-        raise NotImplementedError
-
     def save_pretrained(self, folder: Path | str) -> None:
         """Write what it takes to act into a new folder: weights, config, spec and their checksums.
 
@@ -381,6 +373,17 @@ class Algorithm(nn.Module, ABC):
         algorithm = cls(Spec.from_json(data["spec"]), config.build(cls.Config, data["config"], str(folder)))
         export.assign(algorithm, tensors, str(folder))
         return algorithm.eval()
+
+
+class Explorer(Algorithm):
+    """An algorithm that can gather its own data: what any `needs.source` but offline asks for."""
+
+    @abstractmethod
+    def explore(self, obs: np.ndarray, key: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Raw actions [N, A] to gather data with at observations [N, O], and their log-probabilities [N] if known.
+
+        A function of parameters, observations and random keys [N], row by row.
+        """
 
 
 class SourceState(NamedTuple):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from offline_cai import seeding
-from offline_cai.core import Algorithm, Chunks, Spec
+from offline_cai.core import Chunks, Explorer, Spec
 from offline_cai.data.codec import Normaliser, NormaliserKind
 from offline_cai.policies.distributions import Distribution
 from offline_cai.policies.networks import Actor
 
 
-class ActorAlgorithm(Algorithm):
+class ActorAlgorithm(Explorer):
     """An algorithm that acts by `actor`, from observations that `normaliser` encodes."""
 
     normaliser: Normaliser

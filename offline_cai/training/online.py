@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from offline_cai import seeding
-from offline_cai.core import Algorithm, Batch, Discrete, SourceState, Spec
+from offline_cai.core import Batch, Discrete, Explorer, SourceState, Spec
 from offline_cai.data import replay as replays
 from offline_cai.data.replay import Replay, ReplayWindows
 from offline_cai.data.trajectories import Trajectories
@@ -105,7 +105,7 @@ class OnlineSource(ABC):
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        algorithm: Explorer,
         simulation: Simulation,
         batch_size: int,
         seed: int,

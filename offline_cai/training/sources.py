@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from offline_cai import seeding
-from offline_cai.core import Algorithm, Batch, Source, SourceState
+from offline_cai.core import Algorithm, Batch, Explorer, Source, SourceState
 from offline_cai.data.sampling import Sampler, Weighted
 from offline_cai.data.trajectories import Trajectories, digests
 from offline_cai.data.windows import Windows
@@ -37,6 +37,7 @@ def build(
         return OfflineSource(sampler, size, seed, share.rank, share.processes, digest)
     if experiment.environment is None:
         raise UserError(f"{experiment.algorithm} gathers its data itself: name an environment with environment.id.")
+    assert isinstance(algorithm, Explorer), f"{experiment.algorithm} asks for a {needs.source} and cannot explore"
     kind = ReplaySource if needs.source == "replay" else RolloutSource
     if kind is RolloutSource and data is not None:
         raise UserError(f"{experiment.algorithm} learns from its own rollouts only: leave out the dataset.")

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from offline_cai import algorithms, config, seeding
-from offline_cai.core import Algorithm, Batch, Spec
+from offline_cai.core import Algorithm, Batch, Explorer, Spec
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
@@ -47,6 +47,12 @@ def test_algorithms_are_found_by_their_files() -> None:
     assert {"bc", "diffuser", "guide"} <= set(NAMES)
     with pytest.raises(UserError, match="did you mean 'diffuser'"):
         algorithms.find("difuser")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_who_asks_for_data_of_its_own_can_explore(name: str, store: Trajectories) -> None:
+    algorithm = build(name, store)
+    assert algorithm.needs.source == "offline" or isinstance(algorithm, Explorer)
 
 
 @pytest.mark.parametrize("name", NAMES)

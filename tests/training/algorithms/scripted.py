@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from offline_cai import seeding
-from offline_cai.core import Algorithm, Batch, Chunks, Loss, Needs, Spec
+from offline_cai.core import Batch, Chunks, Explorer, Loss, Needs, Spec
+from offline_cai.policies.acting import ActorPolicy
+from offline_cai.policies.distributions import Gaussian
 
 STD = 0.3
 
@@ -23,7 +25,7 @@ class ScriptedConfig:
     """Blocks of a window of a replay."""
 
 
-class Scripted(Algorithm):
+class Scripted(Explorer):
     Config = ScriptedConfig
     config: ScriptedConfig
 
@@ -57,5 +59,9 @@ class Scripted(Algorithm):
         error = (self.mean(batch.obs[:, :-1]) - unit + 0.1 * noise).square().sum(-1) * batch.reward.exp().clamp(max=2)
         return Loss({"loss": (error * batch.valid).sum()}, batch.valid.sum())
 
-    def policy(self, seed: int = 0, **options: Any) -> Any:
-        raise NotImplementedError
+    def pi(self, obs: np.ndarray) -> Gaussian:
+        mean = self.mean(torch.from_numpy(obs))
+        return Gaussian(mean, torch.full_like(mean, STD))
+
+    def policy(self, seed: int = 0, **options: Any) -> ActorPolicy:
+        return ActorPolicy(self.spec, self.pi, seed)
