@@ -24,7 +24,7 @@ from offline_cai.data.codec import NormaliserKind
 from offline_cai.errors import UserError
 from offline_cai.inference import soft
 from offline_cai.policies import dial
-from offline_cai.policies.acting import OfflineActorAlgorithm
+from offline_cai.policies.acting import OfflineActorAlgorithm, check_trace
 from offline_cai.policies.dial import Temperature
 from offline_cai.policies.networks import Actor, Value
 from offline_cai.policies.projection import Projection
@@ -64,8 +64,7 @@ class AWRConfig:
 
     def __post_init__(self) -> None:
         dial.check(self.temperature, self.kl_budget)
-        if not 0 <= self.discount <= 1 or not 0 <= self.trace <= 1:
-            raise UserError("discount and trace have to be in [0, 1].")
+        check_trace(self.discount, self.trace)
         if self.horizon < 1 or (self.std is not None and not self.std > 0):
             raise UserError("horizon has to be at least 1, and std positive, or null to learn it.")
 

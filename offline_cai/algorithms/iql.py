@@ -14,7 +14,7 @@ from offline_cai.core import Batch, Chunks, Loss, Needs, Spec, Step
 from offline_cai.data.codec import NormaliserKind
 from offline_cai.errors import UserError
 from offline_cai.policies import dial
-from offline_cai.policies.acting import OfflineActorAlgorithm
+from offline_cai.policies.acting import OfflineActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Temperature
 from offline_cai.policies.networks import Actor, Critic, Value, follow, slow
 from offline_cai.policies.projection import Projection
@@ -47,8 +47,7 @@ class IQLConfig:
         dial.check(self.temperature, self.kl_budget)
         if not 0 < self.expectile < 1:
             raise UserError(f"expectile is {self.expectile}; it has to be between 0 and 1.")
-        if not 0 <= self.discount < 1 or not 0 < self.tau <= 1:
-            raise UserError("discount has to be in [0, 1), tau in (0, 1].")
+        check_bootstrap(self.discount, self.tau)
 
 
 class IQL(OfflineActorAlgorithm):

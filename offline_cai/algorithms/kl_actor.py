@@ -21,7 +21,7 @@ from offline_cai.data.codec import NormaliserKind
 from offline_cai.errors import UserError
 from offline_cai.inference import soft
 from offline_cai.policies import dial, priors
-from offline_cai.policies.acting import OfflineActorAlgorithm
+from offline_cai.policies.acting import OfflineActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Dial, Temperature
 from offline_cai.policies.networks import Actor, Critic, follow, slow
 from offline_cai.policies.priors import DensityPrior, PriorKind
@@ -67,8 +67,7 @@ class KLActorConfig:
 
     def __post_init__(self) -> None:
         dial.check(self.temperature, self.kl_budget)
-        if not 0 <= self.discount < 1 or not 0 < self.tau <= 1:
-            raise UserError("discount has to be in [0, 1), tau in (0, 1].")
+        check_bootstrap(self.discount, self.tau)
         for name in ("components", "levels", "steps", "samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it has to be at least 1.")
@@ -123,13 +122,13 @@ class KLActor(OfflineActorAlgorithm):
         return {"prior": self._prior, "critic": self._critic, "actor": self._actor}[phase](batch)
 
     def _prior(self, batch: Batch) -> Loss:
-        obs, action = self._now(batch)
+        obs, action = self.now(batch)
         return Loss({"prior_loss": self.prior.loss(obs, action, batch.key).sum()}, len(obs))
 
     def _critic(self, batch: Batch) -> Loss:
         """Squared error to the return of the data, or to the target of equation 6 (BRAC)."""
         c, step = self.config, batch.transition
-        obs, action = self._now(batch)
+        obs, action = self.now(batch)
         with torch.no_grad():
             if c.critic == "monte_carlo":
                 wanted = batch.returns[:, 0]
@@ -143,7 +142,7 @@ class KLActor(OfflineActorAlgorithm):
 
     def _actor(self, batch: Batch) -> Loss:
         """KL between the actor and the posterior, in nats, up to a constant."""
-        obs, temperature = self._now(batch)[0], self.dial.temperature
+        obs, temperature = self.now(batch)[0], self.dial.temperature
         acts = self.acts(obs, batch.key, self.critic, NOW)
         if self.config.direction == "reverse":
             loss = acts.mean(acts.log_ratio - acts.q / temperature)
@@ -173,9 +172,6 @@ class KLActor(OfflineActorAlgorithm):
     def _q(self, critic: Critic, obs: Tensor, action: Tensor) -> Tensor:
         """[n, B], in units of reward."""
         return self.returns.decode(critic(obs, action.clamp(-1, 1)).amin(0))
-
-    def _now(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.normaliser.encode(batch.obs[:, 0]), self.spec.to_unit(batch.action[:, 0, 0])
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         metrics = step(batch, "prior") | step(batch, "critic") | step(batch, "actor")

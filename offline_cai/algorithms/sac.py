@@ -13,9 +13,8 @@ from torch import Tensor
 
 from offline_cai.core import Batch, Loss, Needs, Spec, Step
 from offline_cai.data.codec import NormaliserKind
-from offline_cai.errors import UserError
 from offline_cai.policies import dial
-from offline_cai.policies.acting import ActorAlgorithm
+from offline_cai.policies.acting import ActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Dial, Temperature
 from offline_cai.policies.distributions import log_uniform
 from offline_cai.policies.networks import Actor, Critic, Value, follow, slow
@@ -44,8 +43,7 @@ class SACConfig:
 
     def __post_init__(self) -> None:
         dial.check(self.temperature, self.kl_budget)
-        if not 0 <= self.discount < 1 or not 0 < self.tau <= 1:
-            raise UserError("discount has to be in [0, 1), tau in (0, 1].")
+        check_bootstrap(self.discount, self.tau)
 
 
 class SAC(ActorAlgorithm):

@@ -21,7 +21,7 @@ from offline_cai.errors import UserError
 from offline_cai.inference import soft, svgd
 from offline_cai.networks.mlp import Perceptron
 from offline_cai.policies import dial
-from offline_cai.policies.acting import ActorAlgorithm
+from offline_cai.policies.acting import ActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Dial, Temperature
 from offline_cai.policies.distributions import log_uniform
 from offline_cai.policies.networks import Critic, follow, slow
@@ -59,8 +59,7 @@ class SoftQConfig:
 
     def __post_init__(self) -> None:
         dial.check(self.temperature, self.kl_budget)
-        if not 0 <= self.discount < 1 or not 0 < self.tau <= 1:
-            raise UserError("discount has to be in [0, 1), tau in (0, 1].")
+        check_bootstrap(self.discount, self.tau)
         if self.samples < 2 or self.particles < 2 or self.interval < 1:
             raise UserError("samples and particles have to be at least 2, interval at least 1.")
 

@@ -8,10 +8,31 @@ import torch
 from torch import Tensor
 
 from offline_cai import seeding
-from offline_cai.core import Chunks, Explorer, Spec
+from offline_cai.core import Batch, Chunks, Explorer, Spec
 from offline_cai.data.codec import Normaliser, NormaliserKind
+from offline_cai.errors import UserError
 from offline_cai.policies.distributions import Distribution
 from offline_cai.policies.networks import Actor
+
+
+def check_bootstrap(discount: float, tau: float) -> None:
+    """For the `__post_init__` of a config with critics that bootstrap from slow copies.
+
+    Raises:
+        UserError: a discount out of [0, 1), or a share out of (0, 1].
+    """
+    if not 0 <= discount < 1 or not 0 < tau <= 1:
+        raise UserError("discount has to be in [0, 1), tau in (0, 1].")
+
+
+def check_trace(discount: float, trace: float) -> None:
+    """For the `__post_init__` of a config with returns or advantages that a trace (lambda) weighs.
+
+    Raises:
+        UserError: one of the two is out of [0, 1].
+    """
+    if not 0 <= discount <= 1 or not 0 <= trace <= 1:
+        raise UserError("discount and trace have to be in [0, 1].")
 
 
 class ActorAlgorithm(Explorer):
@@ -26,6 +47,10 @@ class ActorAlgorithm(Explorer):
 
     def fit(self, chunks: Chunks) -> None:
         self.normaliser.fit(chunk.obs for chunk in chunks())
+
+    def now(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What a window begins with: encoded observations [B, O] and unit actions [B, U]."""
+        return self.normaliser.encode(batch.obs[:, 0]), self.spec.to_unit(batch.action[:, 0, 0])
 
     def pi(self, obs: np.ndarray) -> Distribution:
         """pi(a | s) at raw observations [N, O]."""
