@@ -12,11 +12,11 @@ from torch import Tensor
 
 from offline_cai.core import Batch, Loss, Needs, Spec, Step
 from offline_cai.errors import UserError
-from offline_cai.inference import soft
 from offline_cai.policies import dial, rollouts
-from offline_cai.policies.acting import ActorAlgorithm
+from offline_cai.policies.acting import check_trace
 from offline_cai.policies.dial import Dial, Temperature
-from offline_cai.policies.networks import Actor, ScaledValue, follow, slow
+from offline_cai.policies.networks import follow, slow
+from offline_cai.policies.on_policy import OnPolicyAlgorithm
 
 BAND = 1.5  # the KL may be that factor off its budget: beyond, epochs stop and the temperature moves
 REACH = math.log(1e6)  # of the temperature's logarithm: if one pass alone spends too much, no temperature will do
@@ -50,21 +50,18 @@ class PPOKLConfig:
         dial.check(self.temperature, self.kl_budget)
         if self.ratio_clip is not None and not 0 < self.ratio_clip < 1:
             raise UserError(f"ratio_clip is {self.ratio_clip}; it has to be between 0 and 1, or null for no clipping.")
-        if not 0 <= self.discount <= 1 or not 0 <= self.trace <= 1:
-            raise UserError("discount and trace have to be in [0, 1].")
+        check_trace(self.discount, self.trace)
         if min(self.epochs, self.minibatches) < 1:
             raise UserError("epochs and minibatches have to be at least 1.")
 
 
-class PPOKL(ActorAlgorithm):
+class PPOKL(OnPolicyAlgorithm):
     Config = PPOKLConfig
     config: PPOKLConfig
 
     def __init__(self, spec: Spec, config: PPOKLConfig) -> None:
-        super().__init__(spec, config, "none")
-        self.actor = Actor(spec, config.hidden)
+        super().__init__(spec, config)
         self.old = slow(self.actor)
-        self.value = ScaledValue(spec, config.hidden)
         self.dial = Dial(config.temperature, config.kl_budget, 0.01)
 
     @property
@@ -74,11 +71,11 @@ class PPOKL(ActorAlgorithm):
 
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
         """`batch.returns` are what the phase needs: advantages for the actor, targets for the baseline."""
-        return self._value(batch) if phase == "value" else self._actor(batch)
+        return self.baseline_loss(batch) if phase == "value" else self._actor(batch)
 
     def _actor(self, batch: Batch) -> Loss:
         """-(ratio · advantage - temperature · KL) (equation 8), the ratio clipped if asked for (equation 7)."""
-        obs, action = self.normaliser.encode(batch.obs[:, 0]), self.spec.to_unit(batch.action[:, 0, 0])
+        obs, action = self.now(batch)
         pi, old, advantage = self.actor(obs), self.old(obs), batch.returns[:, 0]
         ratio = (pi.log_prob(action) - old.log_prob(action)).exp()
         gain, clip = ratio * advantage, self.config.ratio_clip
@@ -87,34 +84,22 @@ class PPOKL(ActorAlgorithm):
         loss = self.dial.temperature * pi.kl(old) - gain
         return Loss({"actor_loss": loss.sum()}, len(loss))
 
-    def _value(self, batch: Batch) -> Loss:
-        error = self.value(self.normaliser.encode(batch.obs[:, 0])) - batch.returns[:, 0]
-        return Loss({"value_loss": 0.5 * (error / self.value.scale).square().sum()}, len(error))
-
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         c, budget = self.config, self.dial.budget or math.inf
         follow(self.old, self.actor, 1.0)
-        with torch.no_grad():
-            value = self.value(self.normaliser.encode(batch.obs))
-            advantage = soft.gae(batch.reward, value, batch.terminal, c.discount, c.trace, batch.valid)
-        target = advantage + value[:, :-1]
-        if c.standardise:
-            advantage = rollouts.standardised(advantage, batch.valid, step.sum)
-        self.value.rescale(rollouts.mean(target.square(), batch.valid, step.sum).sqrt())
+        advantage, target = self.estimates(batch, step)
+        steps = rollouts.single_steps(batch, advantage)
         metrics: dict[str, float] = {}
-        kl, used = 0.0, 0
-        for phase, returns in (("actor", advantage), ("value", target)):
-            steps = rollouts.single_steps(batch, returns)
-            for epoch in range(c.epochs):
-                for part in rollouts.minibatches(steps, c.minibatches, epoch, step.sum):
-                    metrics |= step(part, phase)
-                if phase == "actor":
-                    kl, used = float(self._kl(batch, step)), epoch + 1
-                    if kl > BAND * budget:
-                        break
+        for epoch in range(c.epochs):
+            for part in rollouts.minibatches(steps, c.minibatches, epoch, step.sum):
+                metrics |= step(part, "actor")
+            kl = float(self._kl(batch, step))
+            if kl > BAND * budget:
+                break
+        metrics |= self.fit_baseline(batch, target, c.epochs, step)
         if self.dial.learned:
             self._adapt(kl / budget)
-        return metrics | {"kl": kl, "temperature": float(self.dial.temperature), "epochs": float(used)}
+        return metrics | {"kl": kl, "temperature": float(self.dial.temperature), "epochs": epoch + 1.0}
 
     @torch.no_grad()
     def _kl(self, batch: Batch, step: Step) -> Tensor:

@@ -16,8 +16,9 @@ from offline_cai.core import Batch, Loss, Needs, Spec, Step
 from offline_cai.errors import UserError
 from offline_cai.inference import soft
 from offline_cai.policies import dial, rollouts
-from offline_cai.policies.acting import ActorAlgorithm
-from offline_cai.policies.networks import Actor, ScaledValue, follow, slow
+from offline_cai.policies.acting import check_trace
+from offline_cai.policies.networks import follow, slow
+from offline_cai.policies.on_policy import OnPolicyAlgorithm
 
 
 @dataclass(frozen=True)
@@ -49,23 +50,22 @@ class TRPOConfig:
 
     def __post_init__(self) -> None:
         dial.check("auto", self.kl_budget)
-        if not 0 <= self.discount <= 1 or not 0 <= self.trace <= 1 or not 0 < self.shrink < 1:
-            raise UserError("discount and trace have to be in [0, 1], shrink between 0 and 1.")
-        if min(self.iterations, self.trials, self.value_epochs, self.minibatches) < 1 or not self.damping > 0:
-            raise UserError("iterations, trials, value_epochs and minibatches have to be at least 1, damping positive.")
+        check_trace(self.discount, self.trace)
+        if not self.damping > 0 or not 0 < self.shrink < 1:
+            raise UserError("damping has to be positive, shrink between 0 and 1.")
+        if min(self.iterations, self.trials, self.value_epochs, self.minibatches) < 1:
+            raise UserError("iterations, trials, value_epochs and minibatches have to be at least 1.")
 
 
-class TRPO(ActorAlgorithm):
+class TRPO(OnPolicyAlgorithm):
     """Its line search decides on the whole rollout and moves the actor itself: no optimiser, and one process only."""
 
     Config = TRPOConfig
     config: TRPOConfig
 
     def __init__(self, spec: Spec, config: TRPOConfig) -> None:
-        super().__init__(spec, config, "none")
-        self.actor = Actor(spec, config.hidden)
+        super().__init__(spec, config)
         self.old = slow(self.actor)
-        self.value = ScaledValue(spec, config.hidden)
 
     @property
     def needs(self) -> Needs:
@@ -74,15 +74,14 @@ class TRPO(ActorAlgorithm):
 
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
         """The baseline's loss; `batch.returns` are its targets."""
-        error = self.value(self.normaliser.encode(batch.obs[:, 0])) - batch.returns[:, 0]
-        return Loss({"value_loss": 0.5 * (error / self.value.scale).square().sum()}, len(error))
+        return self.baseline_loss(batch)
 
     def surrogate(self, steps: Batch) -> tuple[Tensor, Tensor]:
         """E[ratio · advantage] (equation 14) and KL(policy ‖ previous policy), means over n single steps.
 
         `steps.returns` are the advantages. The paper has the KL the other way round; the two agree to second order.
         """
-        obs, action = self.normaliser.encode(steps.obs[:, 0]), self.spec.to_unit(steps.action[:, 0, 0])
+        obs, action = self.now(steps)
         pi, old = self.actor(obs), self.old(obs)
         ratio = (pi.log_prob(action) - old.log_prob(action)).exp()
         return (ratio * steps.returns[:, 0]).mean(), pi.kl(old).mean()
@@ -119,18 +118,7 @@ class TRPO(ActorAlgorithm):
         return {"gain": 0.0, "kl": 0.0, "trials": float(c.trials)}
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
-        c = self.config
         follow(self.old, self.actor, 1.0)
-        with torch.no_grad():
-            value = self.value(self.normaliser.encode(batch.obs))
-            advantage = soft.gae(batch.reward, value, batch.terminal, c.discount, c.trace, batch.valid)
-        target = advantage + value[:, :-1]
-        if c.standardise:
-            advantage = rollouts.standardised(advantage, batch.valid, step.sum)
+        advantage, target = self.estimates(batch, step)
         metrics = self.natural_step(rollouts.single_steps(batch, advantage))
-        self.value.rescale(rollouts.mean(target.square(), batch.valid, step.sum).sqrt())
-        targets = rollouts.single_steps(batch, target)
-        for epoch in range(c.value_epochs):
-            for part in rollouts.minibatches(targets, c.minibatches, epoch, step.sum):
-                metrics |= step(part, "value")
-        return metrics
+        return metrics | self.fit_baseline(batch, target, self.config.value_epochs, step)
