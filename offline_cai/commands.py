@@ -1,14 +1,12 @@
 """What the commands do: each works on the output of the one before, in one folder per run."""
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -21,26 +19,18 @@ from accelerate.utils import broadcast_object_list
 from gymnasium.vector.utils import concatenate, create_empty_array
 from torch import Tensor
 
-from offline_cai import collect as collecting
-from offline_cai import config, report, seeding
+from offline_cai import config, seeding
 from offline_cai.algorithms.diffuser import Diffuser
 from offline_cai.algorithms.guide import Guide
-from offline_cai.core import Algorithm, Episode, Plan, Policy, Spec
-from offline_cai.data import catalogue, minari
-from offline_cai.data.trajectories import Trajectories
+from offline_cai.core import Algorithm, Plan, Spec
+from offline_cai.data import catalogue
 from offline_cai.environments.make import env_spec, make
 from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import Interrupted, UserError
-from offline_cai.evaluation import evaluate as evaluation
-from offline_cai.evaluation import offpolicy, plots, references
-from offline_cai.evaluation.statistics import paired, summarise
+from offline_cai.evaluation import plots
 from offline_cai.files import read_json, write_text
 from offline_cai.inference.smc import effective_sample_size
-from offline_cai.planning.planner import Planner
 from offline_cai.planning.sampling import PlannerConfig
-from offline_cai.planning.tracking import Tracker
-from offline_cai.policies.acting import ActorAlgorithm
-from offline_cai.provenance import versions
 from offline_cai.spaces import flatten, require_same_spec
 from offline_cai.training import checkpoint, experiment, loop, processes
 from offline_cai.training.experiment import Experiment
@@ -286,264 +276,3 @@ def _dense(algorithm: Diffuser, rows: np.ndarray) -> np.ndarray:
     """Positions [N, L, 2] at every time step of planned rows."""
     tracker = algorithm.config.planner.tracker
     return tracker.states(rows, algorithm.config.stride, algorithm.spec.dt or 1.0)[..., : len(tracker.position)]
-
-
-# Evaluate ------------------------------------------------------------------------------------------------------------
-
-
-EVALUATION_FILES = {"results.json", "paths.npz", "paths.png", "episodes.npz"}
-KEPT = 10  # episodes of the policy whose observations and actions are kept, the first of as many environments
-
-
-def evaluate(
-    path: Path,
-    name: str | None = None,
-    flags: Mapping[str, str] | None = None,
-    output: Path | None = None,
-    overwrite: bool = False,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Evaluate a run's policy and the protocol's references on the same starts.
-
-    `flags` change fields of the protocol, and of the planner where they begin with "planner.". Writes EVALUATION_FILES
-    and returns what results.json holds.
-    """
-    began, flags = time.monotonic(), flags or {}
-    planner = {key: value for key, value in flags.items() if key.startswith("planner.")}
-    run = open_run(path, planner)
-    exp, algorithm = run.experiment, run.algorithm
-    name = name or exp.protocol
-    if name is None:
-        raise UserError(f"{run.folder / 'config.yaml'} names no protocol: choose one with --protocol, of eval/.")
-    of_protocol = {key: value for key, value in flags.items() if key not in planner}
-    protocol = evaluation.protocol(name, of_protocol).on(exp.dataset)
-    with new_folder(output or run.folder / "evaluation", overwrite, EVALUATION_FILES) as folder:
-        policy = algorithm.policy(seed=protocol.seed)
-        label = "planner" if isinstance(policy, Planner) else exp.algorithm
-        policies: dict[str, Callable[[], Policy]] = {label: lambda: policy}
-        tracker = policy.tracker if isinstance(policy, Planner) else Tracker()
-        policies |= reference_policies(protocol, exp.dataset, tracker, algorithm.needs.stride)
-        kept = run.folder / ".evaluation" / _key(run, protocol, policies)
-        try:
-            results = evaluation.evaluate(protocol, policies, algorithm.spec, quiet, keep=kept)
-        except KeyboardInterrupt:
-            done = len(list(kept.glob("*.npz")))
-            again = "the same command goes on after them."
-            raise Interrupted(f"{done} of {len(policies)} policies are evaluated and kept: {again}") from None
-        data = {
-            "protocol": config.to_dict(protocol),
-            "mismatch": protocol.mismatch,
-            "policy": label,
-            "results": {key: result.to_json() for key, result in results.items()},
-            "paired": {
-                key: asdict(paired(results[label].scores, result.scores))
-                for key, result in results.items()
-                if key != label
-            },
-            "planner": _explain(policy, algorithm),
-            "guidance": _guided(policy, algorithm),
-            "checkpoint": run.checkpoint.name,
-            "versions": versions(),
-        }
-        (folder / "results.json").write_text(json.dumps(data, indent=1))
-        paths = {key: np.stack([e.obs for e in result.episodes]) for key, result in results.items() if _even(result)}
-        arrays: dict[str, Any] = {key: value.astype(np.float32) for key, value in paths.items()}
-        np.savez_compressed(folder / "paths.npz", **arrays)
-        _keep_episodes(folder / "episodes.npz", results[label].episodes, protocol)
-        _draw_paths(folder / "paths.png", protocol, results)
-    shutil.rmtree(kept.parent, ignore_errors=True)
-    note_stage(run.folder, "evaluate", time.monotonic() - began)
-    return {**data, "run": str(run.folder)}
-
-
-def _key(run: Run, protocol: evaluation.Protocol, policies: Mapping[str, Any]) -> str:
-    """A hash of what is evaluated: the weights and settings, the protocol, and who is run."""
-    diffuser = diffuser_of(run.algorithm)
-    planner = None if diffuser is None else config.to_dict(diffuser.config.planner)
-    facts = [(run.checkpoint / "manifest.json").read_text(), config.to_dict(protocol), planner, list(policies)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-def _keep_episodes(path: Path, episodes: list[Episode], protocol: evaluation.Protocol) -> None:
-    """The first episode of some environments: observations [L + 1, O] and actions [L, A], one after another."""
-    first = episodes[:: protocol.episodes // protocol.environments][:KEPT]
-    np.savez_compressed(
-        path,
-        obs=np.concatenate([e.obs for e in first]).astype(np.float32),
-        action=np.concatenate([e.action for e in first]),
-        length=np.array([len(e.reward) for e in first]),
-    )
-
-
-def _draw_paths(path: Path, protocol: evaluation.Protocol, results: Mapping[str, evaluation.Result]) -> None:
-    """The first forty executed paths of each policy, where the environment is a maze."""
-    env = protocol.make()
-    if hasattr(env.unwrapped, "maze"):
-        spec = env_spec(env)
-        position, goal = spec.columns("achieved_goal"), spec.columns("desired_goal")
-        paths = {name: [e.obs[:, position] for e in result.episodes[:40]] for name, result in results.items()}
-        target = next(iter(results.values())).episodes[0].obs[0, goal]
-        path.write_bytes(plots.png(plots.executed(Maze.of(env), paths, target)))
-    env.close()
-
-
-def _even(result: evaluation.Result) -> bool:
-    return len({len(episode.obs) for episode in result.episodes}) == 1
-
-
-def reference_policies(
-    protocol: evaluation.Protocol, dataset: str | None, tracker: Tracker, stride: int
-) -> dict[str, Callable[[], Policy]]:
-    """The protocol's references by name: those that need data take them from `dataset`, if there is one."""
-    if not protocol.references:
-        return {}
-    env = protocol.make()
-    setting = references.Setting(
-        spec=env_spec(env),
-        maze=Maze.of(env) if hasattr(env.unwrapped, "maze") else None,
-        data=None if dataset is None else catalogue.trajectories(dataset),
-        behaviour={} if dataset is None else collecting.controller_arguments(catalogue.note(dataset)),
-        tracker=tracker,
-        stride=stride,
-        seed=protocol.seed,
-    )
-    env.close()
-    found = {name: references.find(name) for name in protocol.references}
-    return {name: lambda make=make: make(setting) for name, make in found.items()}  # type: ignore[misc]
-
-
-def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
-    diffuser = diffuser_of(algorithm)
-    if not isinstance(policy, Planner) or diffuser is None:
-        return {}
-    c = diffuser.config
-    rows = c.planner.rows or c.rows
-    milliseconds = 1000 * policy.seconds / max(policy.plans_made, 1)
-    return {
-        **config.to_dict(c.planner),
-        "horizon in steps": rows * c.stride,
-        "rows": rows,
-        "stride": c.stride,
-        "tracker": asdict(policy.tracker),
-        **({"plans": policy.plans_made, "milliseconds per plan": milliseconds} if policy.plans_made else {}),
-    }
-
-
-def _guided(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
-    """How the plans that were executed were steered, and what their weights say; empty where nothing was."""
-    diffuser = diffuser_of(algorithm)
-    if not isinstance(policy, Planner) or diffuser is None:
-        return {}
-    guide, effective, evidence = diffuser.config.planner.guide, policy.effective, policy.log_evidence
-    if not policy.plans_made or (guide == "none" and not effective):
-        return {}
-    facts: dict[str, Any] = {"guide": guide, "temperature": policy.temperature, "plans": policy.plans_made}
-    if effective:
-        facts |= {
-            "effective sample size, mean": float(np.mean(effective)),
-            "effective sample size, lowest": min(effective),
-        }
-    if evidence:
-        facts |= {
-            "log-evidence, mean, nats": float(np.mean(evidence)),
-            "log-evidence, lowest, nats": min(evidence),
-        }
-    return facts
-
-
-OFF_POLICY_FILES = {"estimates.json"}
-
-
-def off_policy(
-    path: Path,
-    flags: Mapping[str, str] | None = None,
-    output: Path | None = None,
-    overwrite: bool = False,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """Estimate what a run's policy would earn, from its dataset alone; writes OFF_POLICY_FILES, returns what it holds.
-
-    Fitted Q evaluation is of the policy as it acts, importance sampling of the distribution that it acts by, where the
-    algorithm has one and the dataset keeps log-probabilities. `flags` set fields of `OffPolicy`.
-
-    Raises:
-        UserError: the algorithm plans, or the run has no dataset.
-    """
-    began, run = time.monotonic(), open_run(path)
-    exp, algorithm = run.experiment, run.algorithm
-    c = config.build(offpolicy.OffPolicy, config.override({}, flags or {}), "--off-policy")
-    policy = algorithm.policy(seed=c.seed)
-    if isinstance(policy, Planner):
-        raise UserError(
-            f"{exp.algorithm} acts by plans that it keeps, and estimates from data are of policies that act by what "
-            "they see alone: evaluate it in the simulator."
-        )
-    discount = algorithm.needs.discount if c.discount is None else c.discount
-    if not 0 <= discount < 1:
-        raise UserError(f"{exp.algorithm} has a discount of {discount}: choose one below 1 with --discount.")
-    data = catalogue.trajectories(exp.data)
-    require_same_spec(algorithm.spec, data.spec)
-    with new_folder(output or run.folder / "off-policy", overwrite, OFF_POLICY_FILES) as folder:
-        fitted = offpolicy.fitted_q(data, lambda obs: policy.act(obs)[0], c, discount, quiet)
-        found = _importance(algorithm, data, discount)
-        facts = {
-            "what": "estimates from data; no simulator was run",
-            "dataset": exp.dataset,
-            "episodes": data.num_episodes,
-            "discount": discount,
-            "data": asdict(summarise(data.return_to_go(discount)[data.offsets[:-1]])),
-            "fitted Q": asdict(fitted),
-            "importance sampling": found if isinstance(found, str) else asdict(found),
-            "settings": config.to_dict(c),
-            "checkpoint": run.checkpoint.name,
-            "versions": versions(),
-        }
-        (folder / "estimates.json").write_text(json.dumps(facts, indent=1))
-    note_stage(run.folder, "off-policy", time.monotonic() - began)
-    return {**facts, "run": str(run.folder)}
-
-
-def _importance(algorithm: Algorithm, data: Trajectories, discount: float) -> offpolicy.Importance | str:
-    """Importance sampling, or why there is none."""
-    if not isinstance(algorithm, ActorAlgorithm):
-        return "none: the algorithm has no distribution over actions"
-    if data.log_prob is None:
-        return "none: the dataset keeps no log-probabilities of the policy that collected it"
-    ratios = []
-    for episode in data.episodes():
-        unit = algorithm.spec.to_unit(torch.as_tensor(episode.action))
-        with torch.no_grad():
-            log_prob = algorithm.pi(episode.obs[:-1]).log_prob(unit.to(algorithm.normaliser.shift)).cpu().numpy()
-        ratios.append(log_prob - episode.log_prob)
-    return offpolicy.importance(ratios, [episode.reward for episode in data.episodes()], discount)
-
-
-# Demo ----------------------------------------------------------------------------------------------------------------
-
-
-def demo(name: str, flags: Mapping[str, str], output: Path | None = None, quiet: bool = False) -> Path:
-    """The main job in five steps: collect, train, plan, evaluate, report. Returns the report's path."""
-    exp = experiment.load(name, dict(flags))
-    recipe = collecting.recipe_of(exp.data)
-    if recipe is None:
-        raise UserError(f"no recipe in datasets/ collects {exp.dataset!r}: the demo cannot begin.")
-    run = output or new_run(exp.name)
-    print(f"demo: {exp.name}, seed {exp.seed}, into {run}")
-    print("[1/5] collect " + recipe.id, flush=True)
-    if collecting.collected(recipe):
-        print(f"      already collected by this recipe, with its seed {recipe.seed}: used as it is")
-    else:
-        collecting.collect(recipe, quiet)
-    seconds = minari.metadata(minari.load(recipe.id))["seconds"]
-    print(f"[2/5] train {exp.algorithm} for {exp.training.steps} steps", flush=True)
-    train(exp, run, quiet=quiet)
-    note_stage(run, "collect", seconds)
-    print("[3/5] plan for new starts and goals", flush=True)
-    if exp.algorithm in ("diffuser", "guide"):
-        plan(run, count=16, seed=exp.seed + 1)
-    print(f"[4/5] evaluate under {exp.protocol}", flush=True)
-    data = evaluate(run, quiet=quiet)
-    print("[5/5] report", flush=True)
-    path = report.write(run)
-    print(f"report: {path.resolve()}\n{report.score_line(data)}")
-    return path

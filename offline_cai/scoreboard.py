@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from offline_cai import commands, config
+from offline_cai import commands, config, evaluation_commands
 from offline_cai.data import catalogue, scores
 from offline_cai.environments.make import env_spec
 from offline_cai.errors import Interrupted, UserError
@@ -301,7 +301,7 @@ def _make(recipe: Scoreboard, cell: Cell, quiet: bool) -> dict[str, Any]:
         commands.train(exp, cell.run, resume=True, quiet=quiet)
     began = time.process_time()
     flags = _evaluation_flags(task, cell.entry)
-    data = commands.evaluate(cell.run, task.protocol, flags, overwrite=True, quiet=quiet)
+    data = evaluation_commands.evaluate(cell.run, task.protocol, flags, overwrite=True, quiet=quiet)
     minutes = {"train": read_json(times)["train"] / 60, "evaluate": (time.process_time() - began) / 60}
     result = data["results"][data["policy"]]
     return {
@@ -330,7 +330,7 @@ def _reference(task: Task, label: str, quiet: bool) -> dict[str, Any]:
     env = protocol.make()
     spec = env_spec(env)
     env.close()
-    policies = commands.reference_policies(protocol, task.dataset, Tracker(), 1)
+    policies = evaluation_commands.reference_policies(protocol, task.dataset, Tracker(), 1)
     result = evaluation.evaluate(protocol, policies, spec, quiet)[label]
     minutes = {"train": 0.0, "evaluate": (time.process_time() - began) / 60}
     return {**_result(config.to_dict(protocol), result.to_json(), minutes), "dataset": task.dataset}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from offline_cai import algorithms, cli, commands, report
+from offline_cai import algorithms, cli, commands, demo, evaluation_commands, report
 from offline_cai.core import Episode, Spec
 from offline_cai.data import minari
 from offline_cai.data.cache import fingerprint
@@ -26,7 +26,7 @@ def done(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("done") / "run"
     shutil.copytree(run, copy)
     commands.plan(copy, count=3, seed=1)
-    commands.evaluate(copy, quiet=True)
+    evaluation_commands.evaluate(copy, quiet=True)
     report.write(copy)
     return copy
 
@@ -74,7 +74,7 @@ def test_a_report_of_a_bare_run_leaves_out_what_is_not_there(run: Path, tmp_path
 def test_nothing_is_overwritten_silently(done: Path) -> None:
     for again in (
         lambda: commands.plan(done, count=1, seed=1),
-        lambda: commands.evaluate(done, quiet=True),
+        lambda: evaluation_commands.evaluate(done, quiet=True),
         lambda: report.write(done),
     ):
         with pytest.raises(UserError, match=r"exists already and is not overwritten: pass --overwrite"):
@@ -86,8 +86,8 @@ def test_nothing_is_overwritten_silently(done: Path) -> None:
 
 def test_evaluation_repeats_and_follows_its_flags(run: Path, tmp_path: Path) -> None:
     flags = {"episodes": "2", "references": "[]"}
-    one = commands.evaluate(run, flags=flags, output=tmp_path / "one", quiet=True)
-    two = commands.evaluate(run, flags=flags, output=tmp_path / "two", quiet=True)
+    one = evaluation_commands.evaluate(run, flags=flags, output=tmp_path / "one", quiet=True)
+    two = evaluation_commands.evaluate(run, flags=flags, output=tmp_path / "two", quiet=True)
     assert list(one["results"]) == ["planner"]
     with np.load(tmp_path / "one" / "paths.npz") as a, np.load(tmp_path / "two" / "paths.npz") as b:
         assert np.array_equal(a["planner"], b["planner"]) and len(np.unique(a["planner"])) > 100
@@ -102,7 +102,7 @@ def test_overwriting_replaces_only_what_the_command_writes(run: Path, tmp_path: 
         with pytest.raises(UserError, match="nothing is replaced"):
             commands.plan(run, count=1, seed=0, output=target, overwrite=True)
     with pytest.raises(UserError, match="nothing is replaced"):
-        commands.evaluate(run, output=precious / "thesis.tex", overwrite=True)
+        evaluation_commands.evaluate(run, output=precious / "thesis.tex", overwrite=True)
     assert (precious / "thesis.tex").read_text() == "years" and (run / "config.yaml").is_file()
     with pytest.raises(UserError, match="cannot write"):
         commands.plan(run, count=1, seed=0, output=precious / "thesis.tex" / "x")
@@ -135,13 +135,15 @@ def test_runs_that_begin_in_one_second_get_folders_of_their_own(
 
 def test_results_name_the_checkpoint_they_are_of(run: Path, tmp_path: Path) -> None:
     first = run / "checkpoints" / "step-00000010"
-    data = commands.evaluate(first, flags={"episodes": "2", "references": "[]"}, output=tmp_path / "e", quiet=True)
+    data = evaluation_commands.evaluate(
+        first, flags={"episodes": "2", "references": "[]"}, output=tmp_path / "e", quiet=True
+    )
     assert data["checkpoint"] == "step-00000010" and data["run"] == str(run.resolve())
 
 
 def test_behaviour_cloning_goes_the_same_way(dataset: str, tmp_path: Path) -> None:
     bc = commands.train(experiment.load("debug-bc"), tmp_path / "bc", quiet=True)
-    data = commands.evaluate(bc, quiet=True)
+    data = evaluation_commands.evaluate(bc, quiet=True)
     assert next(iter(data["results"])) == "bc" and data["planner"] == {}
     assert "score: bc" in report.write(bc).read_text()
     with pytest.raises(UserError, match="bc does not plan"):
@@ -152,7 +154,7 @@ def test_the_demo_runs_all_steps_and_uses_a_dataset_that_is_there(
     dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = fingerprint(minari.dataset_root() / dataset)
-    path = commands.demo("debug-diffuser", {}, tmp_path / "demo", quiet=True)
+    path = demo.demo("debug-diffuser", {}, tmp_path / "demo", quiet=True)
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-1].startswith("score: planner ") and lines[-1].endswith("(D4RL normalised, 4 episodes)")
     assert lines[-2] == f"report: {path}" and "used as it is" in "\n".join(lines)
@@ -162,7 +164,7 @@ def test_the_demo_runs_all_steps_and_uses_a_dataset_that_is_there(
 
 def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
-        commands.evaluate(tmp_path)
+        evaluation_commands.evaluate(tmp_path)
     with pytest.raises(UserError, match=r"no config\.yaml"):
         report.write(tmp_path)
     with pytest.raises(UserError, match=r"no config\.yaml"):
@@ -174,8 +176,8 @@ def test_an_interrupted_evaluation_goes_on_after_the_policies_that_are_finished(
 ) -> None:
     shutil.copytree(run, tmp_path / "r")
     flags = {"references": "[random, controller]", "episodes": "2"}
-    whole = commands.evaluate(tmp_path / "r", flags=flags, output=tmp_path / "whole", quiet=True)
-    real, made = commands.references.controller, []
+    whole = evaluation_commands.evaluate(tmp_path / "r", flags=flags, output=tmp_path / "whole", quiet=True)
+    real, made = evaluation_commands.references.controller, []
 
     def controller(setting: Any) -> Any:
         made.append(setting)
@@ -183,14 +185,14 @@ def test_an_interrupted_evaluation_goes_on_after_the_policies_that_are_finished(
             raise KeyboardInterrupt
         return real(setting)
 
-    monkeypatch.setitem(commands.references.REFERENCES, "controller", controller)  # type: ignore[arg-type]
+    monkeypatch.setitem(evaluation_commands.references.REFERENCES, "controller", controller)  # type: ignore[arg-type]
     with pytest.raises(
         Interrupted, match="2 of 3 policies are evaluated and kept: the same command goes on after them"
     ):
-        commands.evaluate(tmp_path / "r", flags=flags, quiet=True)
+        evaluation_commands.evaluate(tmp_path / "r", flags=flags, quiet=True)
     assert not (tmp_path / "r" / "evaluation").exists()
-    monkeypatch.setattr(commands.references, "random", None)
-    data = commands.evaluate(tmp_path / "r", flags=flags, quiet=True)
+    monkeypatch.setattr(evaluation_commands.references, "random", None)
+    data = evaluation_commands.evaluate(tmp_path / "r", flags=flags, quiet=True)
     for name, result in whole["results"].items():
         assert data["results"][name]["returns"] == result["returns"]
     assert not (tmp_path / "r" / ".evaluation").exists() and "plans" not in data["planner"]
@@ -200,7 +202,7 @@ def test_estimates_from_data_are_marked_as_such_and_need_no_simulator(
     dataset: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bc = commands.train(experiment.load("debug-bc"), tmp_path / "bc", quiet=True)
-    monkeypatch.setattr(commands.evaluation, "evaluate", None)
+    monkeypatch.setattr(evaluation_commands.evaluation, "evaluate", None)
     assert cli.main(["evaluate", str(bc), "--off-policy", "--steps", "20", "--hidden", "[8]", "--quiet"]) == 0
     said = capsys.readouterr().out
     assert "no simulator" in said and "importance sampling   none: the dataset keeps no log-probabilities" in said
@@ -209,11 +211,13 @@ def test_estimates_from_data_are_marked_as_such_and_need_no_simulator(
     assert facts["fitted Q"]["n"] == store.num_episodes and facts["discount"] == 0.99
     assert facts["data"]["mean"] == pytest.approx(store.return_to_go(0.99)[store.offsets[:-1]].mean())
     with pytest.raises(UserError, match="diffuser acts by plans"):
-        commands.off_policy(run)
+        evaluation_commands.off_policy(run)
     planner = commands.open_run(run).algorithm
-    assert commands._importance(planner, store, 0.99) == "none: the algorithm has no distribution over actions"
+    assert (
+        evaluation_commands._importance(planner, store, 0.99) == "none: the algorithm has no distribution over actions"
+    )
     with pytest.raises(UserError, match="unknown key 'stepz'; did you mean 'steps'"):
-        commands.off_policy(bc, {"stepz": "1"}, tmp_path / "x")
+        evaluation_commands.off_policy(bc, {"stepz": "1"}, tmp_path / "x")
     assert cli.main(["evaluate", str(bc), "--off-policy", "--protocol", "debug-umaze"]) == 2
 
 
@@ -226,10 +230,10 @@ def test_a_policy_s_own_data_weigh_alike_in_importance_sampling(spec: Spec) -> N
         action, log_prob = algorithm.explore(obs[:-1], torch.arange(4) + 10 * number)
         episodes.append(Episode(obs, action, rng.normal(size=4), False, log_prob))
     data = Trajectories.from_episodes(spec, episodes)
-    found = commands._importance(algorithm, data, 0.9)
+    found = evaluation_commands._importance(algorithm, data, 0.9)
     assert isinstance(found, Importance) and found.effective == pytest.approx(6, abs=1e-3)
     assert found.episodes.value == pytest.approx(data.return_to_go(0.9)[data.offsets[:-1]].mean(), abs=1e-3)
     bare = Trajectories.from_episodes(spec, [e._replace(log_prob=None) for e in episodes])
-    assert commands._importance(algorithm, bare, 0.9) == (
+    assert evaluation_commands._importance(algorithm, bare, 0.9) == (
         "none: the dataset keeps no log-probabilities of the policy that collected it"
     )

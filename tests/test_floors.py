@@ -14,7 +14,19 @@ FLOORS = [
     {"algorithms"},
     {"evaluation"},
     {"training"},
-    {"behaviours", "collect", "commands", "data_commands", "report", "scoreboard", "cli", "__main__"},
+    {
+        "behaviours",
+        "collect",
+        "commands",
+        "data_commands",
+        "evaluation_commands",
+        "demo",
+        "report",
+        "scoreboard",
+        "parsers",
+        "cli",
+        "__main__",
+    },
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offline_cai import commands, export, report
+from offline_cai import commands, evaluation_commands, export, report
 from offline_cai.algorithms.guide import Guide
 from offline_cai.data import catalogue
 from offline_cai.errors import UserError
@@ -50,12 +50,12 @@ def test_scores_carry_how_it_was_guided(guided: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(guided, copy)
     flags = {"episodes": "2", "references": "[]", "planner.candidates": "1", "planner.temperature": "0.5"}
-    data = commands.evaluate(copy, flags=flags, quiet=True)
+    data = evaluation_commands.evaluate(copy, flags=flags, quiet=True)
     assert data["planner"]["guide"] == "corrected" and data["planner"]["temperature"] == 0.5
     assert data["guidance"]["guide"] == "corrected" and data["guidance"]["temperature"] == 0.5
     assert "effective sample size, mean" not in data["guidance"], "one plan each has no weights"
     weighed = {"episodes": "2", "references": "[]", "planner.candidates": "1", "planner.particles": "3"}
-    found = commands.evaluate(copy, flags=weighed, output=tmp_path / "weighed", quiet=True)["guidance"]
+    found = evaluation_commands.evaluate(copy, flags=weighed, output=tmp_path / "weighed", quiet=True)["guidance"]
     lowest, mean = (found[f"effective sample size, {which}"] for which in ("lowest", "mean"))
     assert 1 <= lowest <= mean <= 3 and np.isfinite(found["log-evidence, mean, nats"])
     assert data["planner"]["rows"] == 16 and data["planner"]["horizon in steps"] == 128
@@ -66,7 +66,7 @@ def test_scores_carry_how_it_was_guided(guided: Path, tmp_path: Path) -> None:
     assert f"{found['effective sample size, mean']:.4g}" in page
     bc = commands.train(experiment.load("debug-bc"), tmp_path / "bc", quiet=True)
     with pytest.raises(UserError, match="only fields of a planner"):
-        commands.evaluate(bc, flags={"planner.steps": "2"}, quiet=True)
+        evaluation_commands.evaluate(bc, flags={"planner.steps": "2"}, quiet=True)
 
 
 def test_what_is_estimated_after_training_is_in_the_last_export_only(guided: Path) -> None:
@@ -88,5 +88,5 @@ def test_conditioned_states_with_inverse_dynamics_go_the_same_way(dataset: str, 
     run = commands.train(experiment.load("debug-diffuser-conditioned"), tmp_path / "run", quiet=True)
     assert {"loss", "inverse_loss"} <= set(trackers.read(run / "metrics.jsonl")[-1])
     assert commands.plan(run, 2, 1)["rows"] == 8
-    data = commands.evaluate(run, flags={"episodes": "2", "references": "[]"}, quiet=True)
+    data = evaluation_commands.evaluate(run, flags={"episodes": "2", "references": "[]"}, quiet=True)
     assert data["planner"]["plans"] == 2 * 5 and data["planner"]["horizon in steps"] == 32

@@ -14,7 +14,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from offline_cai import cli, commands, report
+from offline_cai import cli, commands, evaluation_commands, report
 from offline_cai.errors import Notice, UserError
 from offline_cai.report import runs, sections
 from offline_cai.training import experiment
@@ -43,7 +43,7 @@ def cloned(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
         found.append(
             commands.train(experiment.load("debug-bc", {"seed": seed, **WHILE_TRAINING}), folder / seed, quiet=True)
         )
-        commands.evaluate(found[-1], flags={"references": "[random]"}, quiet=True)
+        evaluation_commands.evaluate(found[-1], flags={"references": "[random]"}, quiet=True)
     return found
 
 

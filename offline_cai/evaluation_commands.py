@@ -1,0 +1,291 @@
+"""What `offline-cai evaluate` does: a run in the simulator beside references, or an estimate from its dataset alone.
+
+Each command gives plain facts, and a function beside it shows them to people.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from offline_cai import collect as collecting
+from offline_cai import config, report
+from offline_cai.commands import Run, diffuser_of, new_folder, note_stage, open_run
+from offline_cai.core import Algorithm, Episode, Policy
+from offline_cai.data import catalogue
+from offline_cai.data.trajectories import Trajectories
+from offline_cai.environments.make import env_spec
+from offline_cai.environments.maze2d import Maze
+from offline_cai.errors import Interrupted, UserError
+from offline_cai.evaluation import evaluate as evaluation
+from offline_cai.evaluation import offpolicy, plots, references
+from offline_cai.evaluation.statistics import caution, paired, summarise
+from offline_cai.planning.planner import Planner
+from offline_cai.planning.tracking import Tracker
+from offline_cai.policies.acting import ActorAlgorithm
+from offline_cai.provenance import versions
+from offline_cai.spaces import require_same_spec
+
+EVALUATION_FILES = {"results.json", "paths.npz", "paths.png", "episodes.npz"}
+KEPT = 10  # episodes of the policy whose observations and actions are kept, the first of as many environments
+
+
+def evaluate(
+    path: Path,
+    name: str | None = None,
+    flags: Mapping[str, str] | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a run's policy and the protocol's references on the same starts.
+
+    `flags` change fields of the protocol, and of the planner where they begin with "planner.". Writes EVALUATION_FILES
+    and returns what results.json holds.
+    """
+    began, flags = time.monotonic(), flags or {}
+    planner = {key: value for key, value in flags.items() if key.startswith("planner.")}
+    run = open_run(path, planner)
+    exp, algorithm = run.experiment, run.algorithm
+    name = name or exp.protocol
+    if name is None:
+        raise UserError(f"{run.folder / 'config.yaml'} names no protocol: choose one with --protocol, of eval/.")
+    of_protocol = {key: value for key, value in flags.items() if key not in planner}
+    protocol = evaluation.protocol(name, of_protocol).on(exp.dataset)
+    with new_folder(output or run.folder / "evaluation", overwrite, EVALUATION_FILES) as folder:
+        policy = algorithm.policy(seed=protocol.seed)
+        label = "planner" if isinstance(policy, Planner) else exp.algorithm
+        policies: dict[str, Callable[[], Policy]] = {label: lambda: policy}
+        tracker = policy.tracker if isinstance(policy, Planner) else Tracker()
+        policies |= reference_policies(protocol, exp.dataset, tracker, algorithm.needs.stride)
+        kept = run.folder / ".evaluation" / _key(run, protocol, policies)
+        try:
+            results = evaluation.evaluate(protocol, policies, algorithm.spec, quiet, keep=kept)
+        except KeyboardInterrupt:
+            done = len(list(kept.glob("*.npz")))
+            again = "the same command goes on after them."
+            raise Interrupted(f"{done} of {len(policies)} policies are evaluated and kept: {again}") from None
+        data = {
+            "protocol": config.to_dict(protocol),
+            "mismatch": protocol.mismatch,
+            "policy": label,
+            "results": {key: result.to_json() for key, result in results.items()},
+            "paired": {
+                key: asdict(paired(results[label].scores, result.scores))
+                for key, result in results.items()
+                if key != label
+            },
+            "planner": _explain(policy, algorithm),
+            "guidance": _guided(policy, algorithm),
+            "checkpoint": run.checkpoint.name,
+            "versions": versions(),
+        }
+        (folder / "results.json").write_text(json.dumps(data, indent=1))
+        paths = {key: np.stack([e.obs for e in result.episodes]) for key, result in results.items() if _even(result)}
+        arrays: dict[str, Any] = {key: value.astype(np.float32) for key, value in paths.items()}
+        np.savez_compressed(folder / "paths.npz", **arrays)
+        _keep_episodes(folder / "episodes.npz", results[label].episodes, protocol)
+        _draw_paths(folder / "paths.png", protocol, results)
+    shutil.rmtree(kept.parent, ignore_errors=True)
+    note_stage(run.folder, "evaluate", time.monotonic() - began)
+    return {**data, "run": str(run.folder)}
+
+
+def text(data: Mapping[str, Any]) -> str:
+    """What `evaluate` returns, as lines: each policy's scores, beside the run's own, and the score."""
+    lines = []
+    for name, r in data["results"].items():
+        difference = data["paired"].get(name)
+        beside = f"   paired {report.plus_minus(difference, '+')}" if difference else ""
+        interval = f"[{r['low']:.1f}, {r['high']:.1f}]"
+        lines.append(f"{name:26} {report.plus_minus(r):>14}   IQM {r['iqm']:.1f} {interval}{beside}")
+    if word := caution(data["results"][data["policy"]]["n"]):
+        lines.append(word)
+    return "\n".join([*lines, report.score_line(data)])
+
+
+def _key(run: Run, protocol: evaluation.Protocol, policies: Mapping[str, Any]) -> str:
+    """A hash of what is evaluated: the weights and settings, the protocol, and who is run."""
+    diffuser = diffuser_of(run.algorithm)
+    planner = None if diffuser is None else config.to_dict(diffuser.config.planner)
+    facts = [(run.checkpoint / "manifest.json").read_text(), config.to_dict(protocol), planner, list(policies)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _keep_episodes(path: Path, episodes: list[Episode], protocol: evaluation.Protocol) -> None:
+    """The first episode of some environments: observations [L + 1, O] and actions [L, A], one after another."""
+    first = episodes[:: protocol.episodes // protocol.environments][:KEPT]
+    np.savez_compressed(
+        path,
+        obs=np.concatenate([e.obs for e in first]).astype(np.float32),
+        action=np.concatenate([e.action for e in first]),
+        length=np.array([len(e.reward) for e in first]),
+    )
+
+
+def _draw_paths(path: Path, protocol: evaluation.Protocol, results: Mapping[str, evaluation.Result]) -> None:
+    """The first forty executed paths of each policy, where the environment is a maze."""
+    env = protocol.make()
+    if hasattr(env.unwrapped, "maze"):
+        spec = env_spec(env)
+        position, goal = spec.columns("achieved_goal"), spec.columns("desired_goal")
+        paths = {name: [e.obs[:, position] for e in result.episodes[:40]] for name, result in results.items()}
+        target = next(iter(results.values())).episodes[0].obs[0, goal]
+        path.write_bytes(plots.png(plots.executed(Maze.of(env), paths, target)))
+    env.close()
+
+
+def _even(result: evaluation.Result) -> bool:
+    return len({len(episode.obs) for episode in result.episodes}) == 1
+
+
+def reference_policies(
+    protocol: evaluation.Protocol, dataset: str | None, tracker: Tracker, stride: int
+) -> dict[str, Callable[[], Policy]]:
+    """The protocol's references by name: those that need data take them from `dataset`, if there is one."""
+    if not protocol.references:
+        return {}
+    env = protocol.make()
+    setting = references.Setting(
+        spec=env_spec(env),
+        maze=Maze.of(env) if hasattr(env.unwrapped, "maze") else None,
+        data=None if dataset is None else catalogue.trajectories(dataset),
+        behaviour={} if dataset is None else collecting.controller_arguments(catalogue.note(dataset)),
+        tracker=tracker,
+        stride=stride,
+        seed=protocol.seed,
+    )
+    env.close()
+    found = {name: references.find(name) for name in protocol.references}
+    return {name: lambda make=make: make(setting) for name, make in found.items()}  # type: ignore[misc]
+
+
+def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
+    diffuser = diffuser_of(algorithm)
+    if not isinstance(policy, Planner) or diffuser is None:
+        return {}
+    c = diffuser.config
+    rows = c.planner.rows or c.rows
+    milliseconds = 1000 * policy.seconds / max(policy.plans_made, 1)
+    return {
+        **config.to_dict(c.planner),
+        "horizon in steps": rows * c.stride,
+        "rows": rows,
+        "stride": c.stride,
+        "tracker": asdict(policy.tracker),
+        **({"plans": policy.plans_made, "milliseconds per plan": milliseconds} if policy.plans_made else {}),
+    }
+
+
+def _guided(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
+    """How the plans that were executed were steered, and what their weights say; empty where nothing was."""
+    diffuser = diffuser_of(algorithm)
+    if not isinstance(policy, Planner) or diffuser is None:
+        return {}
+    guide, effective, evidence = diffuser.config.planner.guide, policy.effective, policy.log_evidence
+    if not policy.plans_made or (guide == "none" and not effective):
+        return {}
+    facts: dict[str, Any] = {"guide": guide, "temperature": policy.temperature, "plans": policy.plans_made}
+    if effective:
+        facts |= {
+            "effective sample size, mean": float(np.mean(effective)),
+            "effective sample size, lowest": min(effective),
+        }
+    if evidence:
+        facts |= {
+            "log-evidence, mean, nats": float(np.mean(evidence)),
+            "log-evidence, lowest, nats": min(evidence),
+        }
+    return facts
+
+
+OFF_POLICY_FILES = {"estimates.json"}
+
+
+def off_policy(
+    path: Path,
+    flags: Mapping[str, str] | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Estimate what a run's policy would earn, from its dataset alone; writes OFF_POLICY_FILES, returns what it holds.
+
+    Fitted Q evaluation is of the policy as it acts, importance sampling of the distribution that it acts by, where the
+    algorithm has one and the dataset keeps log-probabilities. `flags` set fields of `OffPolicy`.
+
+    Raises:
+        UserError: the algorithm plans, or the run has no dataset.
+    """
+    began, run = time.monotonic(), open_run(path)
+    exp, algorithm = run.experiment, run.algorithm
+    c = config.build(offpolicy.OffPolicy, config.override({}, flags or {}), "--off-policy")
+    policy = algorithm.policy(seed=c.seed)
+    if isinstance(policy, Planner):
+        raise UserError(
+            f"{exp.algorithm} acts by plans that it keeps, and estimates from data are of policies that act by what "
+            "they see alone: evaluate it in the simulator."
+        )
+    discount = algorithm.needs.discount if c.discount is None else c.discount
+    if not 0 <= discount < 1:
+        raise UserError(f"{exp.algorithm} has a discount of {discount}: choose one below 1 with --discount.")
+    data = catalogue.trajectories(exp.data)
+    require_same_spec(algorithm.spec, data.spec)
+    with new_folder(output or run.folder / "off-policy", overwrite, OFF_POLICY_FILES) as folder:
+        fitted = offpolicy.fitted_q(data, lambda obs: policy.act(obs)[0], c, discount, quiet)
+        found = _importance(algorithm, data, discount)
+        facts = {
+            "what": "estimates from data; no simulator was run",
+            "dataset": exp.dataset,
+            "episodes": data.num_episodes,
+            "discount": discount,
+            "data": asdict(summarise(data.return_to_go(discount)[data.offsets[:-1]])),
+            "fitted Q": asdict(fitted),
+            "importance sampling": found if isinstance(found, str) else asdict(found),
+            "settings": config.to_dict(c),
+            "checkpoint": run.checkpoint.name,
+            "versions": versions(),
+        }
+        (folder / "estimates.json").write_text(json.dumps(facts, indent=1))
+    note_stage(run.folder, "off-policy", time.monotonic() - began)
+    return {**facts, "run": str(run.folder)}
+
+
+def off_policy_text(facts: Mapping[str, Any]) -> str:
+    """What `off_policy` returns, as lines: one for each estimate."""
+    found = facts["importance sampling"]
+    lines = [
+        f"estimates of the return with discount {facts['discount']}, from {facts['episodes']} episodes, no simulator:",
+        f"the data themselves   {report.plus_minus(facts['data'])}",
+        f"fitted Q evaluation   {report.plus_minus(facts['fitted Q'])} (over first states alone)",
+    ]
+    if isinstance(found, str):
+        return "\n".join([*lines, f"importance sampling   {found}"])
+    for name in ("episodes", "decisions"):
+        e = found[name]
+        interval = f"[{e['low']:.1f}, {e['high']:.1f}]"
+        lines.append(f"importance sampling   {e['value']:.1f} {interval}, of its samples, weighed by {name}")
+    rests = "too few for it to mean anything" if found["effective"] < 10 else "of its weights by episode"
+    return "\n".join([*lines, f"effective sample size {found['effective']:.1f} of {found['n']} episodes: {rests}."])
+
+
+def _importance(algorithm: Algorithm, data: Trajectories, discount: float) -> offpolicy.Importance | str:
+    """Importance sampling, or why there is none."""
+    if not isinstance(algorithm, ActorAlgorithm):
+        return "none: the algorithm has no distribution over actions"
+    if data.log_prob is None:
+        return "none: the dataset keeps no log-probabilities of the policy that collected it"
+    ratios = []
+    for episode in data.episodes():
+        unit = algorithm.spec.to_unit(torch.as_tensor(episode.action))
+        with torch.no_grad():
+            log_prob = algorithm.pi(episode.obs[:-1]).log_prob(unit.to(algorithm.normaliser.shift)).cpu().numpy()
+        ratios.append(log_prob - episode.log_prob)
+    return offpolicy.importance(ratios, [episode.reward for episode in data.episodes()], discount)
