@@ -114,14 +114,21 @@ def _legend(done: Sequence[Record], raw: bool) -> str:
 
 
 def pictures(tasks: Sequence[str], records: Sequence[Record]) -> dict[str, bytes]:
-    """scores.png; curves.png if there were evaluations while training; profile.png over several tasks."""
-    done = [r for r in records if not r["error"]]
-    found = {"scores.png": plots.png(plots.scores(tasks, done))} if done else {}
+    """scores.png; curves.png if there were evaluations while training; profile.png over several tasks.
+
+    Tasks that nothing was trained on are left out.
+    """
+    done, found = [r for r in records if not r["error"]], {}
+    if names := _having(tasks, [r for r in done if r["kind"] == "trained"]):
+        found["scores.png"] = plots.png(plots.scores(names, done))
     curves = [r for r in done if r.get("curve")]
-    if curves:
-        names = [task for task in tasks if any(r["task"] == task for r in curves)]
+    if names := _having(tasks, curves):
         found["curves.png"] = plots.png(plots.learning(names, curves))
     strata = shared(tasks, list(dict.fromkeys(r["label"] for r in done)), done)
     if len(strata) > 1 and len(next(iter(strata.values()))) > 1:
         found["profile.png"] = plots.png(plots.profile({k: list(v.values()) for k, v in strata.items()}))
     return found
+
+
+def _having(tasks: Sequence[str], records: Sequence[Record]) -> list[str]:
+    return [task for task in tasks if any(r["task"] == task for r in records)]

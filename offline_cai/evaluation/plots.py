@@ -1,6 +1,7 @@
 """Pictures: mazes with plans and paths, learning curves, and the denoising of a plan as an animation."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter
 
 INK, ACCENT, GOAL, WALL = "#1f2430", "#c2410c", "#15803d", "#d6d3d1"
 
@@ -139,64 +142,83 @@ def histogram(name: str, ours: np.ndarray, data: np.ndarray) -> Figure:
 
 def scores(tasks: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Figure:
     """One panel per task: a dot for each seed of each label, a bar at their mean; what is not trained is a line."""
-    columns = min(len(tasks), 4)
-    figure, axes = pyplot.subplots(
-        -(-len(tasks) // columns), columns, figsize=(3.4 * columns, 2.6 * -(-len(tasks) // columns)), squeeze=False
-    )
-    for panel in axes.flat[len(tasks) :]:
-        panel.axis("off")
-    for panel, task in zip(axes.flat, tasks, strict=False):
+    figure, panels = _panels(len(tasks), 3.4, 2.8)
+    untrained = dict.fromkeys(r["label"] for r in records if r["seed"] is None)
+    styles = dict(zip(untrained, itertools.cycle(["--", ":", "-."]), strict=False))
+    for panel, task in zip(panels, tasks, strict=True):
         own = [r for r in records if r["task"] == task]
         labels = list(dict.fromkeys(r["label"] for r in own if r["seed"] is not None))
+        for r in own:
+            if r["seed"] is None:
+                panel.axhline(r["mean"], color=INK, linewidth=0.8, linestyle=styles[r["label"]])
         for place, label in enumerate(labels):
             means = [r["mean"] for r in own if r["label"] == label]
-            panel.plot([place] * len(means), means, "o", color=ACCENT, markersize=4, alpha=0.6)
             panel.plot([place - 0.25, place + 0.25], [np.mean(means)] * 2, color=INK, linewidth=1.6)
-        for number, r in enumerate(r for r in own if r["seed"] is None):
-            panel.axhline(
-                r["mean"], color=INK, linewidth=0.8, linestyle=["--", ":", "-."][number % 3], label=r["label"]
-            )
-        panel.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
-        panel.set_title(task, fontsize=9, color=INK)
-        panel.tick_params(labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+            panel.plot([place] * len(means), means, "o", color=ACCENT, markersize=4, alpha=0.8, zorder=3)
+        crowded = len(labels) > 4
+        panel.set_xticks(range(len(labels)), labels, rotation=30 * crowded, ha="right" if crowded else "center")
+        middle, half = (len(labels) - 1) / 2, max(len(labels), 3) / 2 + 0.1
+        panel.set_xlim(middle - half, middle + half)
+        _plain(panel, task)
+        _name_scores(panel, all(r["protocol"]["score"] is None for r in own))
+    if styles:
+        lines = [Line2D([], [], color=INK, linewidth=0.8, linestyle=style) for style in styles.values()]
+        figure.legend(lines, list(styles), loc="outside lower center", ncols=len(styles), fontsize=7, frameon=False)
     return figure
 
 
 def learning(tasks: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel per task: scores while training, the mean over the seeds of each label between lowest and highest."""
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.8 * len(tasks), 2.8), squeeze=False)
-    for panel, task in zip(axes.flat, tasks, strict=True):
+    """One panel per task: scores while training, the mean over the seeds of each label between lowest and highest.
+
+    A label has one colour in all panels.
+    """
+    figure, panels = _panels(len(tasks), 3.8, 2.8)
+    colours = {label: f"C{number}" for number, label in enumerate(dict.fromkeys(r["label"] for r in records))}
+    for panel, task in zip(panels, tasks, strict=True):
         own = [r for r in records if r["task"] == task]
-        gathered = all("environment_steps" in row for r in own for row in r["curve"])
+        rows = [row for r in own for row in r["curve"]]
+        gathered = all("environment_steps" in row for row in rows)
         at = "environment_steps" if gathered else "step"
         for label in dict.fromkeys(r["label"] for r in own):
-            some = [r["curve"] for r in own if r["label"] == label]
-            _band(panel, [{row[at]: row["score"] for row in curve} for curve in some], f"{label} ({len(some)})")
+            some = [{row[at]: row["score"] for row in r["curve"]} for r in own if r["label"] == label]
+            _band(panel, some, f"{label} ({len(some)})", colours[label])
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.set_xlabel("environment steps" if gathered else "optimiser steps", fontsize=8)
         _plain(panel, task)
+        _name_scores(panel, all(row["score"] == row["return"] for row in rows))
         panel.legend(fontsize=7, frameon=False, title="label (seeds)", title_fontsize=7)
-    figure.tight_layout()
     return figure
 
 
 def profile(strata: Mapping[str, Sequence[np.ndarray]]) -> Figure:
     """For each label the share of its runs that score above a threshold, averaged over tasks."""
-    every = np.concatenate([scores for tasks in strata.values() for scores in tasks])
-    thresholds = np.linspace(min(0.0, every.min()), every.max() + 1, 200)
-    figure, panel = pyplot.subplots(figsize=(4.6, 3.0))
+    every = np.unique(np.concatenate([scores for tasks in strata.values() for scores in tasks]))
+    thresholds = np.concatenate([[min(0.0, every[0])], every, [every[-1] + 1]])  # the share changes there alone
+    figure, (panel,) = _panels(1, 4.6, 3.0)
     for label, tasks in strata.items():
-        panel.plot(thresholds, performance_profile(tasks, thresholds), linewidth=1.5, label=label)
-    panel.set_xlabel("score", fontsize=8)
+        shares = performance_profile(tasks, thresholds)
+        panel.step(thresholds, shares, where="post", linewidth=1.5, label=label)
     panel.set_ylabel("share of runs above it", fontsize=8)
-    panel.tick_params(labelsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
+    _plain(panel, "")
+    panel.set_xlabel("normalised score", fontsize=8)
     panel.legend(fontsize=7, frameon=False)
-    figure.tight_layout()
     return figure
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Small multiples of that size in inches, at most four in a line."""
+    columns = min(count, 4)
+    lines = -(-count // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(width * columns, height * lines), squeeze=False, layout="constrained"
+    )
+    for panel in axes.flat[count:]:
+        panel.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def _name_scores(panel: Axes, raw: bool) -> None:
+    panel.set_ylabel("return" if raw else "normalised score", fontsize=8)
 
 
 def animation(path: Path, maze: Maze, trace: np.ndarray, goal: np.ndarray | None, seconds: float = 4.0) -> None:

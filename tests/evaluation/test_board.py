@@ -52,3 +52,12 @@ def test_one_seed_and_one_task_are_not_dressed_up() -> None:
     assert "these intervals are too narrow" in board.table(["a", "b"], ["BC", "IQL"], one)
     assert "Over " not in board.table(["a"], ["BC", "IQL"], [r for r in records() if r["task"] == "a"])
     assert "Over " not in board.table(["a", "b"], ["BC"], [r for r in records() if r["label"] == "BC"])
+
+
+def test_a_task_that_nothing_was_trained_on_has_no_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(board.plots, "scores", lambda tasks, _: drawn.append(tasks))
+    monkeypatch.setattr(board.plots, "png", lambda figure: b"")
+    alone = {**records()[0], "task": "empty", "kind": "reference", "seed": None}
+    board.pictures(["empty", "a", "b", "raw"], [*records(), alone])
+    assert drawn == [["a", "b", "raw"]]

@@ -35,6 +35,35 @@ def test_the_band_of_several_runs_is_over_the_steps_that_all_have() -> None:
     assert panel.get_yscale() == "log" and panel.get_legend() is not None
 
 
+def test_a_label_has_one_colour_in_all_panels_and_axes_say_what_they_count() -> None:
+    def record(task: str, label: str, score: float) -> dict[str, object]:
+        row = {"environment_steps": 5000.0, "step": 1, "score": score, "return": 12.0}
+        return {"task": task, "label": label, "curve": [row, {**row, "environment_steps": 20000.0}]}
+
+    first, second = plots.learning(
+        ["x", "y"], [record("x", "A", 12.0), record("x", "B", 12.0), record("y", "B", 1.0)]
+    ).axes
+    assert [line.get_color() for line in first.lines] == ["C0", "C1"] and second.lines[0].get_color() == "C1"
+    assert (first.get_ylabel(), second.get_ylabel()) == ("return", "normalised score")
+    assert first.xaxis.get_major_formatter()(20000.0) == "20k"
+
+
+def test_what_is_not_trained_has_one_line_style_in_all_panels_and_one_legend() -> None:
+    def record(task: str, label: str, seed: int | None) -> dict[str, object]:
+        return {"task": task, "label": label, "seed": seed, "mean": 1.0, "protocol": {"score": "t"}}
+
+    some = [record("x", "A", 0), record("x", "random", None), record("y", "A", 0), record("y", "data", None)]
+    figure = plots.scores(["x", "y"], [*some, record("y", "random", None)])
+    styles = [[line.get_linestyle() for line in panel.lines if line.get_linewidth() < 1] for panel in figure.axes]
+    assert styles == [["--"], [":", "--"]]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["random", "data"]
+
+
+def test_a_profile_steps_down_at_the_scores() -> None:
+    (line,) = plots.profile({"A": [np.array([10.0, 30.0])]}).axes[0].lines
+    assert line.get_xydata().tolist() == [[0, 1], [10, 0.5], [30, 0], [31, 0]] and line.get_drawstyle() == "steps-post"
+
+
 def test_a_journey_is_walked_to_its_end() -> None:
     film = imageio.imread(io.BytesIO(plots.journey(MAZE, PATH, PATH[-1])), index=None, extension=".gif")
     assert len(film) == 3 and (film[0] != film[-1]).any()
