@@ -11,10 +11,6 @@ from offline_cai import cli
 COMMANDS = ["collect", "data", "train", "plan", "evaluate", "scoreboard", "report", "demo"]
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "offline_cai", *arguments], capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_reads_well_and_loads_nothing_heavy(command: str) -> None:
     code = (
@@ -31,11 +27,11 @@ def test_help_reads_well_and_loads_nothing_heavy(command: str) -> None:
         assert all(name in result.stdout for name in COMMANDS)
 
 
-def test_train_help_lists_the_fields_of_a_config() -> None:
-    result = call("train", "debug-diffuser", "--help", "--training.steps", "7")
-    assert result.returncode == 0, result.stderr
+def test_train_help_lists_the_fields_of_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "debug-diffuser", "--help", "--training.steps", "7"]) == 0
+    said = capsys.readouterr().out
     for line in ("--training.steps 7", "--model.planner.tracker.kp 10.0", "Optimiser steps.", "--model.stride 8"):
-        assert line in result.stdout, line
+        assert line in said, line
 
 
 @pytest.mark.parametrize(
@@ -82,14 +78,15 @@ def test_mistakes_are_one_sentence_and_status_2(
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = call("train", "nothing", "--debug")
+    command = [sys.executable, "-m", "offline_cai", "train", "--debug"]  # a mistake before anything heavy is imported
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" in result.stderr
 
 
-def test_results_as_json(run: Path, tmp_path: Path) -> None:
-    result = call("evaluate", str(run), "--json", "--output", str(tmp_path / "e"), "--episodes=2", "--references", "[]")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["results"]["planner"]["n"] == 2
+def test_results_as_json(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--json", "--output", str(tmp_path / "e"), "--episodes=2", "--references", "[]"]
+    assert cli.main(["evaluate", str(run), *flags]) == 0
+    assert json.loads(capfd.readouterr().out)["results"]["planner"]["n"] == 2
 
 
 def test_ctrl_c_says_how_to_resume_and_exits_130(dataset: str, tmp_path: Path) -> None:
@@ -112,6 +109,5 @@ def test_ctrl_c_says_how_to_resume_and_exits_130(dataset: str, tmp_path: Path) -
         rf"interrupted: stopped at step \d+ of 100000. Resume with: offline-cai train --resume {target}\n", error
     )
     steps = len((target / "metrics.jsonl").read_text().splitlines())
-    again = call("train", "--resume", str(target), "--quiet", "--training.steps", str(steps + 2))
-    assert again.returncode == 0, again.stderr
+    assert cli.main(["train", "--resume", str(target), "--quiet", "--training.steps", str(steps + 2)]) == 0
     assert len((target / "metrics.jsonl").read_text().splitlines()) >= steps
