@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
 import soak
 
 SETTINGS = [
-    *("--training.steps", "100", "--training.log_every", "10", "--training.checkpoint_every", "1000"),
+    *("--training.steps", "200", "--training.log_every", "20", "--training.checkpoint_every", "1000"),
     *("--training.batch_size", "7"),
 ]
 
 
 def train(root: Path, name: str, count: int, fault: str = "") -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """The state after 100 steps on batches of 7 samples, which 2 processes cannot share evenly, and the metrics."""
+    """The state after 200 steps on batches of 7 samples, which 2 processes cannot share evenly, and the metrics."""
     run = soak.Run(root, f"{name}-{count}-{fault}", *SETTINGS, processes=count, config=f"debug-{name}")
     assert run.finish(fault) == 0, run.said()
     rows = trackers.read(run.folder / "metrics.jsonl")
@@ -38,7 +38,7 @@ def train(root: Path, name: str, count: int, fault: str = "") -> tuple[dict[str,
 
 @pytest.mark.parametrize("name", algorithms.names())
 def test_two_processes_train_as_one_does(name: str, dataset: str, tmp_path: Path, float64: None) -> None:
-    """After 100 steps: in float64 to 1e-9, everything; in float32 to 1e-5, what the loss depends on at all.
+    """After 200 steps: in float64 to 1e-9, everything; in float32 to 1e-5, what the loss depends on at all.
 
     (A bias in front of a GroupNorm has no gradient but rounding errors, which Adam magnifies: in float64 it stays.)
     """
