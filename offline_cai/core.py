@@ -179,6 +179,7 @@ class Batch(NamedTuple):
     returns: Tensor  # [B, H]        discounted return-to-go
     log_prob: Tensor | None  # [B, H, k]
     key: Tensor  # [B] int64     the sample's random key: its noise is seeding.normal(key, ...)
+    span: Tensor | None = None  # [B]  steps from the first row to the last, where rows are those of resampled segments
 
     @property
     def transition(self) -> Transition:
@@ -237,6 +238,7 @@ class Plan(NamedTuple):
     log_weight: Tensor  # [N, n] nats; their exponentials add up to one
     log_evidence: Tensor | None = None  # [N] nats: log E[exp(evidence)] given the known states, where there is evidence
     temperature: float | None = None  # that rewards were divided by
+    steps: Tensor | None = None  # [N, n, R] time step of each row, where plans last as long as they take
 
     @classmethod
     def one_each(cls, obs: Tensor, action: Tensor | None, stride: int) -> Plan:
@@ -248,7 +250,9 @@ class Plan(NamedTuple):
         """Of each state the plan that weighs most: n is 1."""
         states, chosen = torch.arange(len(self.obs)), self.log_weight.argmax(1).cpu()
         action = None if self.action is None else self.action[states, chosen][:, None]
-        return Plan(self.obs[states, chosen][:, None], action, self.stride, self.log_weight.new_zeros(len(states), 1))
+        steps = None if self.steps is None else self.steps[states, chosen][:, None]
+        weight = self.log_weight.new_zeros(len(states), 1)
+        return Plan(self.obs[states, chosen][:, None], action, self.stride, weight, steps=steps)
 
 
 class Policy(Protocol):
@@ -267,6 +271,8 @@ class Policy(Protocol):
 class Needs:
     """What an algorithm asks of the loop: windows of `horizon` blocks of `stride` steps, and how it is trained.
 
+    With `segments` they are pieces of episodes of any length, resampled to `horizon` rows (`data.segments`).
+
     `groups` names the parameter groups by phase: each value holds prefixes of parameter names, and "" is all of them.
     `padding` says whether a window may run past the end of its episode. `source` is where batches come from: a fixed
     dataset, a replay that the algorithm's exploration fills, or whole rollouts of its latest weights. `one_process` is
@@ -282,6 +288,7 @@ class Needs:
     source: Literal["offline", "replay", "rollout"] = "offline"
     one_process: bool = False
     weigh: Callable[[np.ndarray], np.ndarray] | None = None
+    segments: bool = False
 
 
 class Step(Protocol):

@@ -25,9 +25,11 @@ from offline_cai.diffusion.sampler import ddim
 from offline_cai.diffusion.schedule import Schedule, ScheduleKind
 from offline_cai.errors import UserError
 from offline_cai.networks.mlp import mlp
+from offline_cai.networks.temporal_mlp import TemporalMLP
 from offline_cai.networks.temporal_unet import TemporalUNet
 from offline_cai.planning.planner import Planner
 from offline_cai.planning.sampling import Model, PlannerConfig, draw, temperature_of
+from offline_cai.planning.support import Support, SupportConfig
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class DiffuserConfig:
     rows: int = 16
     """Rows of a plan: it spans rows x stride time steps."""
     stride: int = 8
-    """Time steps from one row to the next."""
+    """Time steps from one row to the next; with segments, 1."""
+    segments: bool = False
+    """Whether rows are those of whole segments of episodes, resampled, that end where they arrive: how long a plan
+    takes is a number that it generates, and its rows have no fixed stride."""
     fields: tuple[str, ...] = ("observation",)
     """Fields of the observation that make a row."""
     goal_field: str | None = "desired_goal"
@@ -60,6 +65,12 @@ class DiffuserConfig:
     """Whether rows also hold the actions of their time steps (needed to execute a plan by its own actions)."""
     normaliser: NormaliserKind = "limits"
     """limits (the range to [-1, 1]), gaussian (unit variance), quantile (flat on [-1, 1]) or none."""
+    network: Literal["unet", "mlp"] = "unet"
+    """The temporal U-Net, or a residual perceptron over all rows at once."""
+    hidden: int = 512
+    """Units of the perceptron's layers."""
+    blocks: int = 4
+    """Residual blocks of the perceptron."""
     channels: int = 32
     """Channels of the U-Net's first level, a multiple of 8."""
     multipliers: tuple[int, ...] = (1, 2, 4)
@@ -87,11 +98,21 @@ class DiffuserConfig:
     """Directions that it keeps, the others share one variance; null: all of them."""
     discount: float = 0.99
     """Discount of the return-to-go, per time step."""
+    support: SupportConfig | None = None
+    """The grid that remembers where the data has been, for the planner's evidence; null: none."""
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     """How plans are sampled and executed."""
 
     def __post_init__(self) -> None:
         sizes = {"rows": self.rows, "stride": self.stride, "channels": self.channels, "levels": self.levels}
+        sizes |= {"hidden": self.hidden, "blocks": self.blocks}
+        if self.segments and (self.stride != 1 or self.actions or self.inverse_dynamics):
+            raise UserError(
+                "segments have no fixed stride and no actions between their rows: set stride: 1, actions: false and "
+                "inverse_dynamics: false."
+            )
+        if self.segments and self.planner.execute != "pursue":
+            raise UserError("segments have no fixed time between their rows: set planner.execute: pursue.")
         if self.residual_windows < 0 or (self.residual_rank is not None and self.residual_rank < 0):
             raise UserError(
                 f"residual_windows ({self.residual_windows}) and residual_rank ({self.residual_rank}) are at least 0."
@@ -146,9 +167,15 @@ class Diffuser(Algorithm):
     def __init__(self, spec: Spec, config: DiffuserConfig) -> None:
         super().__init__(spec, config)
         c = config
-        self.codec = Codec(spec, c.rows, c.stride, c.fields, c.actions, c.normaliser)
+        self.codec = Codec(spec, c.rows, c.stride, c.fields, c.actions, c.normaliser, c.segments)
         conditioned = c.condition_dropout is not None
-        self.network = TemporalUNet(self.codec.width, c.channels, c.multipliers, condition=int(conditioned))
+        self.network: TemporalUNet | TemporalMLP
+        if c.network == "mlp":
+            sizes = (self.codec.width, c.rows, c.hidden, c.blocks)
+            self.network = TemporalMLP(*sizes, condition=int(conditioned))
+        else:
+            self.network = TemporalUNet(self.codec.width, c.channels, c.multipliers, condition=int(conditioned))
+        self.support = None if c.support is None else Support(c.support)
         self.schedule = Schedule(c.levels, c.schedule)
         self._learned: Evidence | None = None
         self._temperatures: tuple[float, float] | None = None
@@ -200,6 +227,8 @@ class Diffuser(Algorithm):
             ("goal_columns", c.goal_columns if c.goal_field else ()),
             ("the tracker's columns", c.planner.tracker.columns if c.planner.execute == "track" else ()),
             ("the columns of model.given", [column for part in c.given for column in part.columns]),
+            ("the pursuit's columns", c.planner.pursuit.columns if c.planner.execute == "pursue" else ()),
+            ("the support's columns", () if c.support is None else c.support.columns),
             ("the evidence's columns", evidence.columns),
         ):
             if not all(0 <= column < width for column in used):
@@ -216,6 +245,8 @@ class Diffuser(Algorithm):
 
     def _require_rows(self, name: str, rows: int) -> None:
         divisor = self.network.divisor
+        if self.config.network == "mlp" and rows != self.config.rows:
+            raise UserError(f"{name} is {rows}, but a perceptron plans the {self.config.rows} rows it was made for.")
         if rows < 2 or rows % divisor:
             below = max(rows // divisor * divisor, divisor, 2)
             raise UserError(
@@ -227,10 +258,12 @@ class Diffuser(Algorithm):
     def needs(self) -> Needs:
         c = self.config
         groups = {"denoiser": ("network.",), "inverse": ("inverse.",)} if c.inverse_dynamics else {"all": ("",)}
-        return Needs(horizon=c.rows, stride=c.stride, discount=c.discount, groups=groups)
+        return Needs(horizon=c.rows, stride=c.stride, discount=c.discount, groups=groups, segments=c.segments)
 
     def fit(self, chunks: Chunks) -> None:
         self.codec.fit(chunks)
+        if self.support is not None:
+            self.support.fit(chunks, [self.codec.columns[column] for column in self.support.config.columns])
         if self.config.condition_dropout is not None:
             self.return_norm.fit(chunk.returns[:, None] for chunk in chunks(self.config.discount))
         if self.config.inverse_dynamics:
@@ -334,7 +367,7 @@ class Diffuser(Algorithm):
     def mask(self, x: Tensor) -> Tensor:
         """The first row's state, in the last row the goal's columns, and what else is given."""
         mask = torch.zeros_like(x, dtype=torch.bool)
-        mask[:, 0, self.codec.actions :] = True
+        mask[:, 0, self.codec.state] = True
         if self.config.goal_field:
             mask[:, -1, [self.codec.actions + column for column in self.config.goal_columns]] = True
         for part in self.config.given:
@@ -367,9 +400,9 @@ class Diffuser(Algorithm):
             rows[:, -1, list(self.config.goal_columns)] = raw[:, self.spec.columns(self.config.goal_field)]
         for (row, column), values in zip(parts, numbers.T, strict=True):
             rows[:, row, column] = torch.as_tensor(values).to(rows)
-        value = self.codec.obs_norm.encode(rows)
-        if self.codec.actions:
-            value = torch.cat([value.new_zeros(*value.shape[:2], self.codec.actions), value], dim=-1)
+        own = self.codec.obs_norm.encode(rows)
+        value = own.new_zeros(*own.shape[:2], self.codec.width)
+        value[..., self.codec.state] = own
         return Known(value, self.mask(value))
 
     @torch.no_grad()
@@ -417,9 +450,9 @@ class Diffuser(Algorithm):
 
     @property
     def model(self) -> Model:
-        return Model(
-            self._denoise, self.schedule, self.codec, self._clip, self.residual, self._learned, self._temperatures
-        )
+        learned = (self._learned, self._temperatures)
+        goal = self.config.goal_columns if self.config.goal_field else ()
+        return Model(self._denoise, self.schedule, self.codec, self._clip, self.residual, *learned, self.support, goal)
 
     def _denoise(self, x: Tensor, k: Tensor) -> Tensor:
         """The denoiser that plans are drawn with: told the planner's target, if the model was trained with returns."""
@@ -442,7 +475,7 @@ class Diffuser(Algorithm):
         """Bound on x_0: the data's range where that is known; six standard deviations; none without a normaliser."""
         return {"limits": 1.0, "quantile": 1.0, "gaussian": 6.0, "none": None}[self.config.normaliser]
 
-    def _decode(self, x: Tensor, log_weight: Tensor, log_evidence: Tensor | None) -> Plan:
+    def _decode(self, x: Tensor, log_weight: Tensor, log_evidence: Tensor | None, legs: int = 1) -> Plan:
         """Rows [N, n, R, D] and their weights as plans."""
         rows, action = self.codec.decode(x.flatten(0, 1))
         if self.config.planner.execute == "inverse":
@@ -450,7 +483,18 @@ class Diffuser(Algorithm):
         apart = x.shape[:2]
         action = None if action is None else action.unflatten(0, apart).cpu()
         log_evidence = None if log_evidence is None else log_evidence.cpu()
-        return Plan(rows.unflatten(0, apart).cpu(), action, self.config.stride, log_weight.cpu(), log_evidence)
+        steps = self._steps(x, legs).cpu() if self.config.segments else None
+        obs = rows.unflatten(0, apart).cpu()
+        return Plan(obs, action, self.config.stride, log_weight.cpu(), log_evidence, steps)
+
+    def _steps(self, x: Tensor, legs: int) -> Tensor:
+        """The time steps [N, n, R] of the rows of plans that consist of so many legs; where a plan stays, time does."""
+        between = self.codec.steps(x) / (self.config.rows - 1)
+        between[..., :: x.shape[2] // legs] = 0  # a leg begins where the one before it ended
+        here = x[..., self.codec.state]
+        moved = (here[:, :, 1:] != here[:, :, :-1]).any(-1)
+        between[..., 1:] *= moved
+        return between.cumsum(-1)
 
     def policy(self, seed: int = 0, given: np.ndarray | None = None, **options: Any) -> Planner:
         """The planner as a policy; `options` override fields of `config.planner` other than the sampler's.
@@ -467,6 +511,6 @@ class Diffuser(Algorithm):
                 found.append(self.temperature(obs, key, numbers))
             return self.plan(obs, key, found[0], numbers)
 
-        execute = "track" if c.execute == "track" else "actions"
-        settings = {"tracker": c.tracker, "execute": execute, "replan": c.replan, **options}
+        execute = c.execute if c.execute in ("track", "pursue") else "actions"
+        settings = {"tracker": c.tracker, "pursuit": c.pursuit, "execute": execute, "replan": c.replan, **options}
         return Planner(self.spec, self.config.fields, propose, seed, **settings)

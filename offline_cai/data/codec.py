@@ -3,6 +3,7 @@
 Both keep their numbers as buffers, so they travel with the weights and an exported model acts without its dataset.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -15,6 +16,7 @@ from offline_cai.core import Batch, Chunks, Spec
 
 NormaliserKind = Literal["limits", "gaussian", "quantile", "none"]
 KNOTS = 257  # of the quantile normaliser
+SHORTEST, LONGEST = 4.0, 1024.0  # steps of segments
 SAMPLE = 1 << 17  # rows that its quantiles are taken from, evenly spread over the data
 
 
@@ -141,7 +143,8 @@ class Codec(nn.Module):
 
     Row j is [the k actions of block j, the selected observation at time t + j*k]; the actions come first, as in
     Diffuser (Janner et al. 2022), and may be left out. R is the horizon: the state after the last block belongs to the
-    next window.
+    next window. With `span` rows are those of a resampled segment, and end in the logarithm of its steps: one number
+    that every row repeats, from -1 at SHORTEST to 1 at LONGEST steps.
     """
 
     def __init__(
@@ -152,13 +155,14 @@ class Codec(nn.Module):
         fields: Sequence[str] = (),
         actions: bool = True,
         normaliser: NormaliserKind = "limits",
+        span: bool = False,
     ) -> None:
         super().__init__()
-        self.rows, self.stride = rows, stride
+        self.rows, self.stride, self.span = rows, stride, span
         self.columns = spec.columns(*(fields or [field.name for field in spec.obs]))
         self.action_width = spec.action_width
         self.actions = stride * spec.action_width if actions else 0
-        self.width = self.actions + len(self.columns)
+        self.width = self.actions + len(self.columns) + span
         self.obs_norm = Normaliser(len(self.columns), normaliser)
         self.action_norm = Normaliser(spec.action_width, normaliser)
 
@@ -170,18 +174,31 @@ class Codec(nn.Module):
 
     def encode(self, batch: Batch) -> Tensor:
         x = self.encode_obs(batch.obs[:, : self.rows])
+        if self.span:
+            assert batch.span is not None
+            place = (batch.span.to(x) / SHORTEST).log() / math.log(LONGEST / SHORTEST) * 2 - 1
+            x = torch.cat([x, place[:, None, None].expand(-1, self.rows, 1)], dim=-1)
         if not self.actions:
             return x
         return torch.cat([rearrange(self.action_norm.encode(batch.action), "b h k a -> b h (k a)"), x], dim=-1)
 
     def encode_obs(self, obs: Tensor) -> Tensor:
-        """Observations [..., O] to their part of a row [..., D - k*A]."""
+        """Observations [..., O] to their part of a row [..., O']."""
         return self.obs_norm.encode(obs[..., self.columns])
 
     def decode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows [N, R, D] to selected observations [N, R, O'] and actions [N, R, k, A], None if rows hold none."""
-        obs = self.obs_norm.decode(x[..., self.actions :])
+        obs = self.obs_norm.decode(x[..., self.state])
         if not self.actions:
             return obs, None
         action = rearrange(x[..., : self.actions], "n r (k a) -> n r k a", a=self.action_width)
         return obs, self.action_norm.decode(action)
+
+    @property
+    def state(self) -> slice:
+        """The columns of a row that hold the observation."""
+        return slice(self.actions, self.actions + len(self.columns))
+
+    def steps(self, x: Tensor) -> Tensor:
+        """The steps of the segment that rows [..., R, D] say they make, [..., R]."""
+        return SHORTEST * ((x[..., -1] + 1) / 2 * math.log(LONGEST / SHORTEST)).exp()

@@ -176,7 +176,7 @@ class ConstraintInUnits:
 
     def project(self, x: Tensor) -> Tensor:
         obs = self.codec.obs_norm.encode(self.constraint.project(self.codec.decode(x)[0]))
-        return torch.cat([x[..., : self.codec.actions], obs], -1)
+        return torch.cat([x[..., : self.codec.actions], obs, x[..., self.codec.state.stop :]], -1)
 
 
 def project(constraints: Sequence[Constraint], known: Known, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from offline_cai import seeding
 from offline_cai.core import Plan, Spec
 from offline_cai.errors import UserError
 from offline_cai.inference.smc import effective_sample_size
-from offline_cai.planning.tracking import Tracker
+from offline_cai.planning.tracking import Pursuit, Tracker
 
 Propose = Callable[[np.ndarray, Tensor], Plan]
 """Observations [N, O] and random keys [N] to plans; the best of each is executed."""
@@ -23,8 +23,8 @@ class Planner:
 
     An environment gets a new plan when it begins an episode, and after `replan` steps if that is not None. A plan's
     noise is keyed by (seed, environment, its episode, its plan). When a plan is used up its last row is held. `execute`
-    says how a plan becomes actions: "track" follows its states with the tracker, "actions" plays its actions without
-    looking at the state.
+    says how a plan becomes actions: "track" follows its states with the tracker, "pursue" their path without their
+    times, "actions" plays its actions without looking at the state.
 
     Attributes:
         tracker: how planned states are followed.
@@ -42,8 +42,9 @@ class Planner:
         propose: Propose,
         seed: int,
         tracker: Tracker,
-        execute: Literal["track", "actions"] = "track",
+        execute: Literal["track", "pursue", "actions"] = "track",
         replan: int | None = None,
+        pursuit: Pursuit | None = None,
     ) -> None:
         if execute == "track" and spec.dt is None:
             raise UserError(
@@ -54,10 +55,10 @@ class Planner:
             raise UserError(f"planner.replan is {replan}; take a number of steps of at least 1, or null for never.")
         self._spec, self._columns = spec, spec.columns(*fields)
         self.propose, self._seed, self.tracker = propose, seed, tracker
-        self._execute, self._replan = execute, replan
+        self._execute, self._replan, self.pursuit = execute, replan, pursuit or Pursuit()
         self._low, self._high = np.array(spec.box.low), np.array(spec.box.high)
         self._script: list[np.ndarray | None] = []
-        self._time, self._episode, self._plan_number = np.zeros((3, 0), dtype=int)
+        self._time, self._episode, self._plan_number, self._at = np.zeros((4, 0), dtype=int)
         self.plans_made, self.seconds = 0, 0.0
         self.effective, self.log_evidence = list[float](), list[float]()
         self.temperature: float | None = None
@@ -73,10 +74,13 @@ class Planner:
     def act(self, obs: np.ndarray) -> tuple[np.ndarray, None]:
         if not self._script:
             self._script = [None] * len(obs)
-            self._time, self._episode, self._plan_number = np.zeros((3, len(obs)), dtype=int)
+            self._time, self._episode, self._plan_number, self._at = np.zeros((4, len(obs)), dtype=int)
         stale = [i for i, s in enumerate(self._script) if s is None or self._time[i] == self._replan]
         if stale:
             self._plan(obs, stale)
+        if self._execute == "pursue":
+            self._time += 1
+            return np.clip(np.stack([self._pursue(i, row) for i, row in enumerate(obs)]), self._low, self._high), None
         ahead = 1 if self._execute == "track" else 0
         step = np.stack([s[min(t + ahead, len(s) - 1)] for s, t in zip(self._script, self._time, strict=True)])  # type: ignore[index, arg-type]
         self._time += 1
@@ -91,6 +95,12 @@ class Planner:
         if plans.log_evidence is not None:
             self.log_evidence += plans.log_evidence.tolist()
 
+    def _pursue(self, i: int, obs: np.ndarray) -> np.ndarray:
+        path, state = self._script[i], obs[self._columns]
+        assert path is not None
+        self._at[i] = self.pursuit.advance(path, self._at[i], state)
+        return self.pursuit.action(path, self._at[i], state)
+
     def _plan(self, obs: np.ndarray, which: list[int]) -> None:
         """New scripts for the environments `which`: desired states or actions, one row per time step."""
         key = torch.tensor([seeding.key(self._seed, i, self._episode[i], self._plan_number[i]) for i in which])
@@ -100,12 +110,14 @@ class Planner:
         self.seconds += time.perf_counter() - began
         self.plans_made += len(which)
         self._note(plans)
-        if self._execute == "track":
+        if self._execute == "pursue":
+            scripts: Any = [self.pursuit.path(rows) for rows in plan.obs[:, 0].double().numpy()]
+        elif self._execute == "track":
             scripts = self.tracker.states(plan.obs[:, 0].double().numpy(), plan.stride, self._spec.dt or 0.0)
         elif plan.action is None:
             raise UserError("these plans hold no actions: train with model.actions: true, or track the planned states.")
         else:
             scripts = plan.action.double().numpy().reshape(len(which), -1, self._spec.action_width)
         for i, script in zip(which, scripts, strict=True):
-            self._script[i], self._time[i] = script, 0
+            self._script[i], self._time[i], self._at[i] = script, 0, 0
             self._plan_number[i] += 1

@@ -34,7 +34,8 @@ from offline_cai.diffusion.sampler import Denoise, Guide, ReverseVariance, ddim,
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
 from offline_cai.inference.temperatures import posterior_kl
-from offline_cai.planning.tracking import Tracker
+from offline_cai.planning.support import Short, Support, Supported
+from offline_cai.planning.tracking import Pursuit, Tracker
 
 READ_NOISED = ("at_noisy", "at_mean")
 """The guides that read a learned return at the noised rows; the others read it at clean ones."""
@@ -54,6 +55,12 @@ class EvidenceConfig:
     """Half-spaces to stay in: {columns: [0, 1], normal: [1, 0], offset: 2, width: 0.1}, normal . x <= offset."""
     project: bool = False
     """Move every estimate to a near point that all constraints allow, instead of a barrier at their borders."""
+    length: float = 0.0
+    """Nats that a plan pays for each unit of its path's length, over the positions of the planner's pursuit."""
+    support: float = 0.0
+    """Nats that a plan pays that lies wholly outside of where the data has been (model.support)."""
+    margin: float = 0.05
+    """How far from there counts as outside, in the observation's units."""
 
     @property
     def constraints(self) -> tuple[Inside | Outside | HalfSpace, ...]:
@@ -91,6 +98,8 @@ class PlannerConfig:
     """Unguided samples of each plan that the temperature is found on; they express budgets below log(kl_samples)."""
     candidates: int = 1
     """Samples of each plan, of which the one with the most evidence is executed."""
+    detours: int = 0
+    """Further candidates of two legs each, through places that the data has visited, drawn at random."""
     particles: int = 1
     """Particles of each plan in sequential Monte Carlo over the guide's steps (sampler: ddpm)."""
     evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
@@ -101,12 +110,15 @@ class PlannerConfig:
     """Quantile of the data's return-to-go that plans are conditioned on, where the model was trained with one."""
     condition_weight: float = 1.0
     """1: the conditional estimate; 1 + w: w times further from the unconditional one (classifier-free guidance)."""
-    execute: Literal["track", "actions", "inverse"] = "track"
-    """Follow the planned states with the tracker, play the planned actions, or those of the inverse dynamics."""
+    execute: Literal["track", "pursue", "actions", "inverse"] = "track"
+    """Follow the planned states in their time with the tracker, pursue their path as fast as it goes, play the planned
+    actions, or those of the inverse dynamics."""
     replan: int | None = None
     """Steps after which a new plan is made; null: one plan per episode."""
     tracker: Tracker = field(default_factory=Tracker)
     """Columns and gains of the PD controller."""
+    pursuit: Pursuit = field(default_factory=Pursuit)
+    """Columns and gains of the one that pursues a path."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.replan is not None and self.replan < 1):
@@ -125,6 +137,10 @@ class PlannerConfig:
             raise UserError(
                 f"planner: candidates is {self.candidates} and particles {self.particles}; each is at least 1, and one "
                 "of them is 1: particles are chosen by their weights already."
+            )
+        if self.detours < 0 or (self.detours and self.particles > 1):
+            raise UserError(
+                f"planner.detours is {self.detours}; it is at least 0, and 0 with particles: they are candidates."
             )
         if not 0 <= self.eta <= 1:
             raise UserError(f"planner.eta is {self.eta}; it is from 0 to 1.")
@@ -170,6 +186,8 @@ class Model(NamedTuple):
     residual: Residual | None
     learned: Evidence | None  # a return, learned for noised rows or any other
     temperatures: tuple[float, float] | None  # the range that it is for; None: any
+    support: Support | None  # where the data has been
+    goal: tuple[int, ...]  # columns of a row that a goal fixes in the last one
 
 
 class Drawn(NamedTuple):
@@ -178,6 +196,7 @@ class Drawn(NamedTuple):
     x: Tensor  # [N, n, R, D]
     log_weight: Tensor  # [N, n]
     log_evidence: Tensor | None  # [N]
+    legs: int = 1  # of the longest plans; shorter ones stay where they end
 
 
 @torch.no_grad()
@@ -196,7 +215,7 @@ def draw(model: Model, known: Known, key: Tensor, c: PlannerConfig, temperature:
     temperature = c.temperature if temperature is None else temperature
     require_temperature(temperature)
     guide, evidence = _guide(model, known, c, temperature), _evidence(model, c, noised=False)
-    if evidence is None and max(c.candidates, c.particles) > 1:
+    if evidence is None and max(c.candidates + c.detours, c.particles) > 1:
         raise UserError(f"planner: candidates or particles need evidence to compare them by: {_NAME_SOME}")
     settings: dict[str, Any] = {"reverse_variance": c.reverse_variance, "residual": _residual(model, c), "guide": guide}
     if evidence is not None and c.particles > 1:
@@ -205,11 +224,34 @@ def draw(model: Model, known: Known, key: Tensor, c: PlannerConfig, temperature:
         found = sequential(*given, **settings)
         return Drawn(found.x, found.log_weight, found.log_evidence)
     x = _samples(model, known, key, c, c.candidates, settings)
-    if evidence is None or c.candidates == 1:
+    if c.detours:
+        last = x[:, :, -1:].expand_as(x)  # a plan of one leg stays where it ends
+        x = torch.cat([torch.cat([x, last], 2), _detours(model, known, key, c, settings)], 1)
+    if evidence is None or x.shape[1] == 1:
         return Drawn(x, x.new_zeros(len(x), 1), None)
     value = _at_clean(evidence, x, temperature)
-    mean = value.logsumexp(1) - math.log(c.candidates)
-    return Drawn(x, value.log_softmax(1), mean if guide is unguided else None)
+    mean = value.logsumexp(1) - math.log(x.shape[1])
+    proper = guide is unguided and not c.detours
+    return Drawn(x, value.log_softmax(1), mean if proper else None, 2 if c.detours else 1)
+
+
+def _detours(model: Model, known: Known, key: Tensor, c: PlannerConfig, settings: dict[str, Any]) -> Tensor:
+    """Plans [N, detours, 2R, D]: a leg to a place that the data has visited, and one on from the state it ends in."""
+    if model.support is None or not model.goal:
+        raise UserError(
+            "planner.detours go through places that the data has visited to a goal: set model.support, and "
+            "model.goal_field."
+        )
+    own, codec = seeding.split(seeding.split(key, 1)[:, 0], c.detours).flatten(), model.codec
+    via = torch.zeros(len(own), known.value.shape[1], len(codec.columns)).to(known.value)
+    via[..., list(model.support.config.columns)] = model.support.draw(own)[:, None]
+    via, goal = codec.obs_norm.encode(via), [codec.actions + column for column in model.goal]
+    first, second = (Known(*(part.repeat_interleave(c.detours, 0) for part in known)) for _ in range(2))
+    first.value[:, -1, goal] = via[:, -1, list(model.goal)]
+    legs = [_samples(model, first, seeding.split(own, 2)[:, 0], c, 1, settings)[:, 0]]
+    second.value[:, 0, codec.state] = legs[0][:, -1, codec.state]
+    legs.append(_samples(model, second, seeding.split(own, 2)[:, 1], c, 1, settings)[:, 0])
+    return torch.cat(legs, 1).unflatten(0, (-1, c.detours))
 
 
 @torch.no_grad()
@@ -262,6 +304,12 @@ def _evidence(model: Model, c: PlannerConfig, noised: bool) -> Evidence | None:
     parts: list[Evidence] = [InUnits(model.codec, goal) for goal in c.evidence.goals]
     if not c.evidence.project:
         parts += [ConstraintInUnits(model.codec, constraint) for constraint in c.evidence.constraints]
+    if c.evidence.length:
+        parts.append(InUnits(model.codec, Short(c.pursuit.position, c.evidence.length)))
+    if c.evidence.support:
+        if model.support is None:
+            raise UserError("planner.evidence.support needs to know where the data has been: set model.support.")
+        parts.append(InUnits(model.codec, Supported(model.support, c.evidence.support, c.evidence.margin)))
     if model.learned is not None:
         parts.append(_AtClean(model.learned) if model.learned.noisy and not noised else model.learned)
     return together(*parts) if parts else None

@@ -6,6 +6,9 @@ import numpy as np
 
 from offline_cai.errors import UserError
 
+GRAIN = 1 / 32
+"""Spacing of a pursued path's points, as a share of the lookahead."""
+
 
 @dataclass(frozen=True)
 class Tracker:
@@ -62,3 +65,53 @@ class Tracker:
         d = len(self.position)
         position, velocity = state[:, list(self.position)], state[:, list(self.velocity)]
         return self.kp * (desired[:, :d] - position) + self.kd * (desired[:, d:] - velocity)
+
+
+@dataclass(frozen=True)
+class Pursuit:
+    """Pursues a path without a timetable: action = kp (point ahead - position) - kd velocity, clipped.
+
+    The point is `lookahead` further along the path than the nearest one, so a plan's own slow speed does not matter.
+    """
+
+    position: tuple[int, ...] = (0, 1)
+    """Columns of the planned state that hold positions."""
+    velocity: tuple[int, ...] = (2, 3)
+    """Columns of the planned state that hold velocities, in the same order."""
+    lookahead: float = 0.7
+    """Metres along the path."""
+    kp: float = 10.0
+    """Action per metre to the point ahead."""
+    kd: float = 1.0
+    """Action per metre per second."""
+    kd_end: float = 2.0
+    """The same where the path's end is less than the lookahead away."""
+
+    def __post_init__(self) -> None:
+        if len(self.position) != len(self.velocity):
+            raise UserError("the pursuit needs one velocity column for each position column.")
+        if not self.lookahead > 0 or not np.isfinite([self.kp, self.kd, self.kd_end]).all():
+            raise UserError(f"the pursuit's lookahead is {self.lookahead}; it has to be positive, and gains finite.")
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        return (*self.position, *self.velocity)
+
+    def path(self, rows: np.ndarray) -> np.ndarray:
+        """Planned rows [R, O'] to points [L, d] along their path, evenly spaced."""
+        at = rows[:, list(self.position)]
+        along = np.concatenate([[0.0], np.linalg.norm(np.diff(at, axis=0), axis=1).cumsum()])
+        even = np.append(np.arange(0, along[-1], GRAIN * self.lookahead), along[-1])
+        return np.stack([np.interp(even, along, column) for column in at.T], axis=1)
+
+    def advance(self, path: np.ndarray, at: int, state: np.ndarray) -> int:
+        """The number of the nearest point to a state [O'], among those up to a lookahead and a half after `at`."""
+        ahead = path[at : at + int(1.5 / GRAIN)]
+        return at + int(np.linalg.norm(ahead - state[list(self.position)], axis=1).argmin())
+
+    def action(self, path: np.ndarray, at: int, state: np.ndarray) -> np.ndarray:
+        """The unclipped action [d] at a state [O'] whose nearest point is number `at`."""
+        ahead = at + round(1 / GRAIN)
+        damping = self.kd if ahead < len(path) - 1 else self.kd_end
+        pull = self.kp * (path[min(ahead, len(path) - 1)] - state[list(self.position)])
+        return pull - damping * state[list(self.velocity)]

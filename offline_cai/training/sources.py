@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 
 from offline_cai import seeding
-from offline_cai.core import Algorithm, Batch, Explorer, Source, SourceState
+from offline_cai.core import Algorithm, Batch, Explorer, Needs, Source, SourceState
 from offline_cai.data.sampling import Sampler, Weighted
+from offline_cai.data.segments import Segments
 from offline_cai.data.trajectories import Trajectories, digests
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
@@ -32,9 +33,7 @@ def build(
     if needs.source == "offline":
         if data is None:
             raise UserError(f"{experiment.algorithm} learns from a dataset: name one with dataset.")
-        windows = Windows(data, needs.horizon, needs.stride, needs.discount, needs.padding)
-        sampler = windows if needs.weigh is None else Weighted(windows, needs.weigh(data.returns))
-        return OfflineSource(sampler, size, seed, share.rank, share.processes, digest)
+        return OfflineSource(_sampler(needs, data), size, seed, share.rank, share.processes, digest)
     if experiment.environment is None:
         raise UserError(f"{experiment.algorithm} gathers its data itself: name an environment with environment.id.")
     assert isinstance(algorithm, Explorer), f"{experiment.algorithm} asks for a {needs.source} and cannot explore"
@@ -55,10 +54,16 @@ def _joined(accelerator: Accelerator) -> Callable[[np.ndarray], np.ndarray]:
 
 def sample(experiment: Experiment, algorithm: Algorithm, data: Trajectories, count: int) -> Batch:
     """As many windows of the data beside those of the steps: always the same."""
-    needs = algorithm.needs
+    sampler = _sampler(algorithm.needs, data)
+    items = sampler.draw(seeding.rng(experiment.seed, -1), count)
+    return sampler.gather(items, seeding.keys(experiment.seed, -1, torch.arange(count)))
+
+
+def _sampler(needs: Needs, data: Trajectories) -> Sampler:
+    if needs.segments:
+        return Segments(data, needs.horizon)
     windows = Windows(data, needs.horizon, needs.stride, needs.discount, needs.padding)
-    rows = windows.draw(seeding.rng(experiment.seed, -1), count)
-    return windows.gather(rows, seeding.keys(experiment.seed, -1, torch.arange(count)))
+    return windows if needs.weigh is None else Weighted(windows, needs.weigh(data.returns))
 
 
 class OfflineSource:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from offline_cai.errors import UserError
-from offline_cai.planning.tracking import Tracker
+from offline_cai.planning.tracking import Pursuit, Tracker
 
 
 def test_upsampling_is_exact_for_cubics() -> None:
@@ -29,3 +29,27 @@ def test_actions_are_proportional_and_derivative() -> None:
     assert tracker.action(np.array([[1.0, 0.5]]), np.array([[0.1, 0.2]])) == pytest.approx(3 * 0.8 + 2 * 0.4)
     with pytest.raises(UserError, match="one velocity column"):
         Tracker(position=(0, 1), velocity=(2,))
+
+
+def test_pursuit_goes_round_a_corner_without_a_timetable() -> None:
+    """A unit mass, from rest, along an L that its plan walks slowly: it arrives sooner, and stays near the path."""
+    pursuit = Pursuit(lookahead=0.5, kp=10.0, kd=6.0, kd_end=6.0)
+    rows = np.array([[0.0, 0, 0, 0], [2, 0, 0, 0], [2, 2, 0, 0]])
+    path, state, at, seen = pursuit.path(rows), np.zeros(4), 0, []
+    assert np.allclose(np.linalg.norm(np.diff(path[:-1], axis=0), axis=1), 0.5 / 32, atol=2e-3) and len(path) > 250
+    for _ in range(800):
+        at = pursuit.advance(path, at, state)
+        force = np.clip(pursuit.action(path, at, state), -5, 5)
+        state = state + 0.01 * np.concatenate([state[2:], force])
+        seen.append(np.linalg.norm(path - state[:2], axis=1).min())
+    assert np.linalg.norm(state[:2] - [2, 2]) < 0.02 and max(seen) < 0.3
+    assert at >= len(path) - 2
+    with pytest.raises(UserError, match="lookahead is 0"):
+        Pursuit(lookahead=0)
+
+
+def test_pursuit_does_not_jump_to_a_later_part_of_the_path_that_comes_near() -> None:
+    """There and back along almost the same line: progress goes on by what is ahead alone."""
+    pursuit = Pursuit(lookahead=0.5)
+    path = pursuit.path(np.array([[0.0, 0, 0, 0], [4, 0, 0, 0], [4, 0.01, 0, 0], [0, 0.01, 0, 0]]))
+    assert pursuit.advance(path, 10, np.array([0.2, 0.01, 0, 0])) < 30
