@@ -29,7 +29,8 @@ from offline_cai.data import catalogue
 from offline_cai.data.windows import Windows
 from offline_cai.environments.actors import Actor
 from offline_cai.environments.make import make
-from offline_cai.planning.sampling import PlannerConfig, draw, temperature_of
+from offline_cai.planning.config import PlannerConfig
+from offline_cai.planning.sampling import draw, temperature_of
 from offline_cai.training import experiment
 
 STATES, SAMPLES, BRUTE, CHUNK = 16, 16, 1024, 256

@@ -238,21 +238,49 @@ class Plan(NamedTuple):
     log_weight: Tensor  # [N, n] nats; their exponentials add up to one
     log_evidence: Tensor | None = None  # [N] nats: log E[exp(evidence)] given the known states, where there is evidence
     temperature: float | None = None  # that rewards were divided by
-    steps: Tensor | None = None  # [N, n, R] time step of each row, where plans last as long as they take
+    steps: Tensor | None = None  # [N, n] time steps that each takes, where plans last as long as they take
+    nats: Mapping[str, Tensor] | None = None  # [N, n] evidence by its parts, where plans were compared
+    feasible: Tensor | None = None  # [N, n] bool: whether it keeps all constraints and stays where the data has been
 
     @classmethod
     def one_each(cls, obs: Tensor, action: Tensor | None, stride: int) -> Plan:
         """A single plan for each state: obs [N, R, O'], action [N, R, k, A]."""
         return cls(obs[:, None], None if action is None else action[:, None], stride, obs.new_zeros(len(obs), 1))
 
+    def cpu(self) -> Plan:
+        nats = None if self.nats is None else {name: part.cpu() for name, part in self.nats.items()}
+        moved: dict[str, Any] = {name: v.cpu() for name, v in self._asdict().items() if isinstance(v, Tensor)}
+        return self._replace(**moved, nats=nats)
+
+    @property
+    def chosen(self) -> Tensor:
+        """Of each state the number [N] of the plan that weighs most, among the feasible ones if there are any."""
+        if self.feasible is None:
+            return self.log_weight.argmax(1)
+        barred = ~self.feasible & self.feasible.any(1, keepdim=True)
+        return self.log_weight.masked_fill(barred, -torch.inf).argmax(1)
+
     @property
     def best(self) -> Plan:
-        """Of each state the plan that weighs most: n is 1."""
-        states, chosen = torch.arange(len(self.obs)), self.log_weight.argmax(1).cpu()
+        """Of each state the chosen plan: n is 1."""
+        states, chosen = torch.arange(len(self.obs)), self.chosen
         action = None if self.action is None else self.action[states, chosen][:, None]
         steps = None if self.steps is None else self.steps[states, chosen][:, None]
         weight = self.log_weight.new_zeros(len(states), 1)
         return Plan(self.obs[states, chosen][:, None], action, self.stride, weight, steps=steps)
+
+    @property
+    def reasons(self) -> tuple[list[str], Tensor]:
+        """The parts of the evidence, and of each plan [N, n] the number of the one that speaks most against it.
+
+        Compared with the chosen plan, which has -1; so have all where there is nothing to compare them by.
+        """
+        if self.nats is None:
+            return [], torch.full(self.log_weight.shape, -1)
+        nats = torch.stack(list(self.nats.values()))  # [parts, N, n]
+        chosen = self.chosen[:, None]
+        own = nats.gather(2, chosen.expand(len(nats), -1, 1))
+        return list(self.nats), (nats - own).argmin(0).scatter(1, chosen, -1)
 
 
 class Policy(Protocol):

@@ -27,8 +27,9 @@ from offline_cai.errors import UserError
 from offline_cai.networks.mlp import mlp
 from offline_cai.networks.temporal_mlp import TemporalMLP
 from offline_cai.networks.temporal_unet import TemporalUNet
+from offline_cai.planning.config import PlannerConfig
 from offline_cai.planning.planner import Planner
-from offline_cai.planning.sampling import Model, PlannerConfig, draw, temperature_of
+from offline_cai.planning.sampling import Drawn, Model, draw, temperature_of
 from offline_cai.planning.support import Support, SupportConfig
 
 
@@ -113,6 +114,8 @@ class DiffuserConfig:
             )
         if self.segments and self.planner.execute != "pursue":
             raise UserError("segments have no fixed time between their rows: set planner.execute: pursue.")
+        if self.planner.evidence.duration and not self.segments:
+            raise UserError("planner.evidence.duration is of plans that last as long as they take: set segments: true.")
         if self.residual_windows < 0 or (self.residual_rank is not None and self.residual_rank < 0):
             raise UserError(
                 f"residual_windows ({self.residual_windows}) and residual_rank ({self.residual_rank}) are at least 0."
@@ -407,17 +410,33 @@ class Diffuser(Algorithm):
 
     @torch.no_grad()
     def plan(
-        self, obs: np.ndarray, key: Tensor, temperature: float | None = None, given: np.ndarray | None = None
+        self,
+        obs: np.ndarray,
+        key: Tensor,
+        temperature: float | None = None,
+        given: np.ndarray | None = None,
+        under_way: Plan | None = None,
     ) -> Plan:
         """Plans for observations [N, O], with random keys [N], as `config.planner` says; `given` as in `known`.
 
         `temperature` stands in for the one that the config gives, or that its KL budget gives for these observations.
+        `under_way` is one plan for each observation that these may replace, from there on (`planner.keep`).
         """
         if temperature is None:
             temperature = self.temperature(obs, key, given)
         known, key = self.known(obs, given), key.to(self.schedule.abar.device)
-        drawn = draw(self.model, known, key, self.config.planner, temperature)
-        return self._decode(*drawn)._replace(temperature=temperature)
+        rest = None if under_way is None else self._encode(under_way)
+        drawn = draw(self.model, known, key, self.config.planner, temperature, rest)
+        return self._decode(drawn)._replace(temperature=temperature)
+
+    def _encode(self, plan: Plan) -> Tensor:
+        """Rows [N, R, D] of the first plan of each state, as far as it tells them."""
+        rows = plan.obs[:, 0].to(self.schedule.abar)
+        x = rows.new_zeros(*rows.shape[:2], self.codec.width)
+        x[..., self.codec.state] = self.codec.obs_norm.encode(rows)
+        if plan.steps is not None:
+            x[..., -1] = self.codec.encode_steps(plan.steps[:, :1].to(x))
+        return x
 
     def temperature(self, obs: np.ndarray, key: Tensor, given: np.ndarray | None = None) -> float:
         """The temperature of the plans for observations [N, O]; `given` as in `known`."""
@@ -468,33 +487,29 @@ class Diffuser(Algorithm):
         trace: list[Tensor] = []
         key = key.to(self.schedule.abar.device)
         ddim(self._denoise, self.schedule, self.known(obs), key, steps, clip=self._clip, trace=trace)
-        return [self._decode(x[:, None], x.new_zeros(len(x), 1), None) for x in trace]
+        return [self._decode(Drawn(x[:, None], x.new_zeros(len(x), 1))) for x in trace]
 
     @property
     def _clip(self) -> float | None:
         """Bound on x_0: the data's range where that is known; six standard deviations; none without a normaliser."""
         return {"limits": 1.0, "quantile": 1.0, "gaussian": 6.0, "none": None}[self.config.normaliser]
 
-    def _decode(self, x: Tensor, log_weight: Tensor, log_evidence: Tensor | None, legs: int = 1) -> Plan:
-        """Rows [N, n, R, D] and their weights as plans."""
+    def _decode(self, drawn: Drawn) -> Plan:
+        x = drawn.x
         rows, action = self.codec.decode(x.flatten(0, 1))
         if self.config.planner.execute == "inverse":
             action = self.codec.action_norm.decode(self._between(x.flatten(0, 1)[..., self.codec.actions :]))
-        apart = x.shape[:2]
-        action = None if action is None else action.unflatten(0, apart).cpu()
-        log_evidence = None if log_evidence is None else log_evidence.cpu()
-        steps = self._steps(x, legs).cpu() if self.config.segments else None
-        obs = rows.unflatten(0, apart).cpu()
-        return Plan(obs, action, self.config.stride, log_weight.cpu(), log_evidence, steps)
-
-    def _steps(self, x: Tensor, legs: int) -> Tensor:
-        """The time steps [N, n, R] of the rows of plans that consist of so many legs; where a plan stays, time does."""
-        between = self.codec.steps(x) / (self.config.rows - 1)
-        between[..., :: x.shape[2] // legs] = 0  # a leg begins where the one before it ended
-        here = x[..., self.codec.state]
-        moved = (here[:, :, 1:] != here[:, :, :-1]).any(-1)
-        between[..., 1:] *= moved
-        return between.cumsum(-1)
+        plan = Plan(
+            rows.unflatten(0, x.shape[:2]),
+            None if action is None else action.unflatten(0, x.shape[:2]),
+            self.config.stride,
+            drawn.log_weight,
+            drawn.log_evidence,
+            steps=self.codec.steps(x).mean(-1) if self.config.segments else None,
+            nats=drawn.nats,
+            feasible=drawn.feasible,
+        )
+        return plan.cpu()
 
     def policy(self, seed: int = 0, given: np.ndarray | None = None, **options: Any) -> Planner:
         """The planner as a policy; `options` override fields of `config.planner` other than the sampler's.
@@ -505,12 +520,19 @@ class Diffuser(Algorithm):
         c = self.config.planner
         found: list[float] = []
 
-        def propose(obs: np.ndarray, key: Tensor) -> Plan:
+        def propose(obs: np.ndarray, key: Tensor, under_way: Plan | None = None) -> Plan:
             numbers = None if given is None else np.tile(given, (len(obs), 1))
             if not found:
                 found.append(self.temperature(obs, key, numbers))
-            return self.plan(obs, key, found[0], numbers)
+            return self.plan(obs, key, found[0], numbers, under_way)
 
         execute = c.execute if c.execute in ("track", "pursue") else "actions"
-        settings = {"tracker": c.tracker, "pursuit": c.pursuit, "execute": execute, "replan": c.replan, **options}
+        settings = {
+            "tracker": c.tracker,
+            "pursuit": c.pursuit,
+            "execute": execute,
+            "replan": c.replan,
+            "go_on": c.keep or c.warm_start is not None,
+            **options,
+        }
         return Planner(self.spec, self.config.fields, propose, seed, **settings)

@@ -26,8 +26,8 @@ from offline_cai.data.codec import Normaliser
 from offline_cai.diffusion.evidence import Learned
 from offline_cai.errors import UserError
 from offline_cai.networks.temporal_value import TemporalValue
+from offline_cai.planning.config import PlannerConfig
 from offline_cai.planning.planner import Planner
-from offline_cai.planning.sampling import PlannerConfig
 from offline_cai.spaces import require_same_spec
 
 STEEPEST = 6.0

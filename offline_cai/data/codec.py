@@ -176,8 +176,7 @@ class Codec(nn.Module):
         x = self.encode_obs(batch.obs[:, : self.rows])
         if self.span:
             assert batch.span is not None
-            place = (batch.span.to(x) / SHORTEST).log() / math.log(LONGEST / SHORTEST) * 2 - 1
-            x = torch.cat([x, place[:, None, None].expand(-1, self.rows, 1)], dim=-1)
+            x = torch.cat([x, self.encode_steps(batch.span.to(x))[:, None, None].expand(-1, self.rows, 1)], dim=-1)
         if not self.actions:
             return x
         return torch.cat([rearrange(self.action_norm.encode(batch.action), "b h k a -> b h (k a)"), x], dim=-1)
@@ -198,6 +197,10 @@ class Codec(nn.Module):
     def state(self) -> slice:
         """The columns of a row that hold the observation."""
         return slice(self.actions, self.actions + len(self.columns))
+
+    def encode_steps(self, steps: Tensor) -> Tensor:
+        """Steps of segments to what their rows say of them, same shape."""
+        return (steps / SHORTEST).log() / math.log(LONGEST / SHORTEST) * 2 - 1
 
     def steps(self, x: Tensor) -> Tensor:
         """The steps of the segment that rows [..., R, D] say they make, [..., R]."""

@@ -31,6 +31,8 @@ class Constraint(Evidence, Protocol):
     """Evidence that says by how much each row is outside, and where the nearest row inside is."""
 
     @property
+    def columns(self) -> tuple[int, ...]: ...
+    @property
     def width(self) -> float: ...
 
     def violation(self, x: Tensor) -> Tensor: ...  # [N, R, D] -> [N, R], a distance, positive outside
@@ -163,6 +165,10 @@ class ConstraintInUnits:
     constraint: Constraint
     noisy: ClassVar[bool] = False
     quadratic: ClassVar[bool] = False
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        return self.constraint.columns
 
     @property
     def width(self) -> float:

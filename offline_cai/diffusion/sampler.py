@@ -88,17 +88,23 @@ def unguided(denoise: Denoise, x: Tensor, step: Step) -> Guided:
     return Guided(belief, belief, x.new_zeros(len(x)))
 
 
-def levels_of(schedule: Schedule, steps: int) -> list[int]:
-    """`steps` levels from T - 1 down, evenly spaced so that the last step ends at clean data ("trailing" spacing).
+class Warm(NamedTuple):
+    """Where a sampler begins instead of at noise alone: rows, noised to a share of the levels."""
+
+    x: Tensor  # [N, R, D]
+    share: float
+
+
+def levels_of(schedule: Schedule, steps: int, share: float = 1.0) -> list[int]:
+    """`steps` levels down to clean data, evenly spaced ("trailing" spacing), from the top or from a share of them.
 
     Raises:
         UserError: more steps than levels, or none.
     """
-    if not 1 <= steps <= schedule.levels:
-        raise UserError(
-            f"{steps} sampling steps were asked for; the schedule has {schedule.levels} levels: take 1 to that."
-        )
-    return [round(schedule.levels * (1 - i / steps)) - 1 for i in range(steps)]
+    levels = max(round(schedule.levels * share), 1)
+    if not 1 <= steps <= levels:
+        raise UserError(f"{steps} sampling steps were asked for, and there are {levels} levels: take 1 to that.")
+    return [round(levels * (1 - i / steps)) - 1 for i in range(steps)]
 
 
 def walk(
@@ -108,6 +114,7 @@ def walk(
     eta: float = 1.0,
     reverse_variance: ReverseVariance = "posterior",
     residual: Residual | None = None,
+    share: float = 1.0,
 ) -> Iterator[Step]:
     """The reverse steps of a sampler, from noise to clean data.
 
@@ -131,7 +138,7 @@ def walk(
     if residual is not None:
         residual.check(schedule, known)
         residual = residual.to(known.value)
-    levels = levels_of(schedule, steps)
+    levels = levels_of(schedule, steps, share)
     abar = torch.cat([schedule.abar, torch.ones_like(schedule.abar[:1])])  # abar[-1] is clean data
     for number, (level, following) in enumerate(zip(levels, [*levels[1:], -1], strict=True)):
         a, b = abar[level], abar[following]
@@ -174,6 +181,7 @@ def ddim(
     reverse_variance: ReverseVariance = "posterior",
     guide: Guide = unguided,
     residual: Residual | None = None,
+    warm: Warm | None = None,
 ) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16): rows [N, R, D] in the model's space.
 
@@ -187,11 +195,16 @@ def ddim(
         reverse_variance: see `walk`.
         guide: replaces what is believed of x_0 at each step; see `guidance.py`.
         residual: the denoiser's residual covariance, for the guides and the variance that need it.
+        warm: begin at these rows, noised to a share of the levels, and take that share of the steps.
     """
-    x, denoise = first_noise(known, key), bounded(denoiser, known, clip)
+    x, denoise, share = first_noise(known, key), bounded(denoiser, known, clip), 1.0
+    if warm is not None:
+        share, steps = warm.share, max(round(steps * warm.share), 1)
+        top = x.new_full((len(x),), levels_of(schedule, steps, share)[0], dtype=torch.int64)
+        x = known.impose(schedule.add_noise(warm.x, x, top))
     if trace is not None:
         trace.append(x)
-    for step in walk(schedule, known, steps, eta, reverse_variance, residual):
+    for step in walk(schedule, known, steps, eta, reverse_variance, residual, share):
         belief = guide(denoise, x, step).posterior
         spread = step.spread(belief)
         x = step.mean(x, belief.mean)
@@ -215,13 +228,14 @@ def ddpm(
     reverse_variance: ReverseVariance = "posterior",
     guide: Guide = unguided,
     residual: Residual | None = None,
+    warm: Warm | None = None,
 ) -> Tensor:
     """DDPM (Ho et al. 2020, algorithm 2): rows [N, R, D]; one step per level, or fewer.
 
     It is DDIM at eta = 1 (Song et al. 2021, section 4.1). Arguments as in `ddim`.
     """
     steps = schedule.levels if steps is None else steps
-    options = {"reverse_variance": reverse_variance, "guide": guide, "residual": residual}
+    options = {"reverse_variance": reverse_variance, "guide": guide, "residual": residual, "warm": warm}
     return ddim(denoiser, schedule, known, key, steps, 1.0, clip, trace, **options)  # type: ignore[arg-type]
 
 

@@ -57,7 +57,7 @@ class OccupancyPaths:
         centres = self._origin + (self._free + 0.5) * self._cell
         return int(np.linalg.norm(centres - xy, axis=1).argmin())
 
-    def __call__(self, obs: np.ndarray, key: Tensor) -> Plan:
+    def __call__(self, obs: np.ndarray, key: Tensor, under_way: Plan | None = None) -> Plan:
         paths = [self._walk(row[self._position], row[self._goal]) for row in obs]
         length = max(len(path) for path in paths)
         rows = [np.concatenate([path, np.repeat(path[-1:], length - len(path), axis=0)]) for path in paths]

@@ -1,10 +1,11 @@
 """How plans are drawn from a trajectory model: by a sampler, steered, the best of several, or as particles."""
 
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +13,9 @@ from torch import Tensor
 from offline_cai import seeding
 from offline_cai.core import Known
 from offline_cai.data.codec import Codec
-from offline_cai.diffusion.constraints import (
-    ConstraintInUnits,
-    HalfSpace,
-    Inside,
-    Outside,
-    check_feasible,
-)
+from offline_cai.diffusion.constraints import SLACK, ConstraintInUnits, check_feasible
 from offline_cai.diffusion.evidence import (
     Evidence,
-    Goal,
     InUnits,
     require_temperature,
     temperature_for,
@@ -30,150 +24,15 @@ from offline_cai.diffusion.evidence import (
 from offline_cai.diffusion.guidance import GUIDES, projected
 from offline_cai.diffusion.particles import sequential
 from offline_cai.diffusion.residual import Residual
-from offline_cai.diffusion.sampler import Denoise, Guide, ReverseVariance, ddim, ddpm, dpm_solver, unguided
+from offline_cai.diffusion.sampler import Denoise, Guide, Warm, ddim, ddpm, dpm_solver, unguided
 from offline_cai.diffusion.schedule import Schedule
-from offline_cai.errors import UserError
+from offline_cai.errors import Notice, UserError
 from offline_cai.inference.temperatures import posterior_kl
-from offline_cai.planning.support import Short, Support, Supported
-from offline_cai.planning.tracking import Pursuit, Tracker
+from offline_cai.planning.config import PlannerConfig
+from offline_cai.planning.support import Quick, Short, Support, Supported, dense
 
 READ_NOISED = ("at_noisy", "at_mean")
 """The guides that read a learned return at the noised rows; the others read it at clean ones."""
-
-
-@dataclass(frozen=True)
-class EvidenceConfig:
-    """What plans should do besides being like the data, in raw units; all parts count together."""
-
-    goals: tuple[Goal, ...] = ()
-    """Places to be near: {target: [x, y], columns: [0, 1], width: 0.1, row: -1}; row null: in any row."""
-    inside: tuple[Inside, ...] = ()
-    """Boxes to stay in: {columns: [0, 1], low: [-1, -1], high: [1, 1], width: 0.1}."""
-    outside: tuple[Outside, ...] = ()
-    """Circles to avoid: {columns: [0, 1], centre: [0, 0], radius: 0.5, width: 0.1}."""
-    half_spaces: tuple[HalfSpace, ...] = ()
-    """Half-spaces to stay in: {columns: [0, 1], normal: [1, 0], offset: 2, width: 0.1}, normal . x <= offset."""
-    project: bool = False
-    """Move every estimate to a near point that all constraints allow, instead of a barrier at their borders."""
-    length: float = 0.0
-    """Nats that a plan pays for each unit of its path's length, over the positions of the planner's pursuit."""
-    support: float = 0.0
-    """Nats that a plan pays that lies wholly outside of where the data has been (model.support)."""
-    margin: float = 0.05
-    """How far from there counts as outside, in the observation's units."""
-
-    @property
-    def constraints(self) -> tuple[Inside | Outside | HalfSpace, ...]:
-        return (*self.inside, *self.outside, *self.half_spaces)
-
-    @property
-    def columns(self) -> list[int]:
-        """The columns of the selected observation that it looks at."""
-        return [column for part in (*self.goals, *self.constraints) for column in part.columns]
-
-
-@dataclass(frozen=True)
-class PlannerConfig:
-    """How plans are sampled and executed."""
-
-    sampler: Literal["ddim", "ddpm", "dpm"] = "ddim"
-    """The sampler of the reverse process: ddim, ddpm, or dpm (DPM-Solver++)."""
-    steps: int = 2
-    """Denoising steps."""
-    eta: float = 0.0
-    """Noise of ddim's steps: 0 is none, 1 as much as ddpm's."""
-    reverse_variance: ReverseVariance = "posterior"
-    """Noise of a step: posterior or beta (Ho et al. 2020), or analytic, from the measured residual covariance."""
-    guide: Literal["none", "at_noisy", "at_mean", "through_denoiser", "corrected", "jacobian"] = "none"
-    """How the evidence steers the sampler; diffusion/guidance.py tells them apart."""
-    guide_repeats: int = 1
-    """Gradients that at_noisy follows at each level; 2 in Diffuser's code."""
-    guide_lowest: int = 0
-    """Lowest level that at_noisy steers at; 2 to 4 in Diffuser's code (t_stopgrad)."""
-    temperature: float = 1.0
-    """Units of return per nat."""
-    kl_budget: float | None = None
-    """Instead of a temperature: how many nats the return may move plans from the model, given what is known."""
-    kl_samples: int = 64
-    """Unguided samples of each plan that the temperature is found on; they express budgets below log(kl_samples)."""
-    candidates: int = 1
-    """Samples of each plan, of which the one with the most evidence is executed."""
-    detours: int = 0
-    """Further candidates of two legs each, through places that the data has visited, drawn at random."""
-    particles: int = 1
-    """Particles of each plan in sequential Monte Carlo over the guide's steps (sampler: ddpm)."""
-    evidence: EvidenceConfig = field(default_factory=EvidenceConfig)
-    """What plans should do; a learned return counts as well where there is one (algorithm: guide)."""
-    rows: int | None = None
-    """Rows of a plan; null: as many as the windows of training have."""
-    target: float = 0.95
-    """Quantile of the data's return-to-go that plans are conditioned on, where the model was trained with one."""
-    condition_weight: float = 1.0
-    """1: the conditional estimate; 1 + w: w times further from the unconditional one (classifier-free guidance)."""
-    execute: Literal["track", "pursue", "actions", "inverse"] = "track"
-    """Follow the planned states in their time with the tracker, pursue their path as fast as it goes, play the planned
-    actions, or those of the inverse dynamics."""
-    replan: int | None = None
-    """Steps after which a new plan is made; null: one plan per episode."""
-    tracker: Tracker = field(default_factory=Tracker)
-    """Columns and gains of the PD controller."""
-    pursuit: Pursuit = field(default_factory=Pursuit)
-    """Columns and gains of the one that pursues a path."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or (self.replan is not None and self.replan < 1):
-            raise UserError(f"planner: steps ({self.steps}) and replan ({self.replan}) have to be at least 1.")
-        if not 0 <= self.target <= 1 or not 0 <= self.condition_weight < float("inf"):
-            raise UserError(
-                f"planner: target ({self.target}) is a quantile from 0 to 1, and condition_weight "
-                f"({self.condition_weight}) a number of at least 0."
-            )
-        for name in ("temperature", "kl_budget"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                unit = "units of return per nat" if name == "temperature" else "nats"
-                raise UserError(f"planner.{name} is {value}; take a positive number of {unit}.")
-        if min(self.candidates, self.particles) != 1:
-            raise UserError(
-                f"planner: candidates is {self.candidates} and particles {self.particles}; each is at least 1, and one "
-                "of them is 1: particles are chosen by their weights already."
-            )
-        if self.detours < 0 or (self.detours and self.particles > 1):
-            raise UserError(
-                f"planner.detours is {self.detours}; it is at least 0, and 0 with particles: they are candidates."
-            )
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"planner.eta is {self.eta}; it is from 0 to 1.")
-        if self.guide_repeats < 1 or self.guide_lowest < 0:
-            raise UserError(
-                f"planner.guide_repeats is {self.guide_repeats} and planner.guide_lowest {self.guide_lowest}; take at "
-                "least 1 and at least 0."
-            )
-        if (self.guide_repeats, self.guide_lowest) != (1, 0) and self.guide != "at_noisy":
-            raise UserError(
-                f"planner.guide_repeats and planner.guide_lowest are for at_noisy, but planner.guide is {self.guide}: "
-                "leave them out."
-            )
-        if self.sampler == "dpm" and self.reverse_variance != "posterior":
-            raise UserError(
-                f"planner.reverse_variance is {self.reverse_variance}, but dpm's steps have no noise: set "
-                "planner.sampler to ddpm, or leave it at posterior."
-            )
-        if self.sampler == "ddim" and self.reverse_variance == "beta" and self.eta < 1:
-            raise UserError(
-                f"planner.reverse_variance beta is the noise of ddpm's steps, but planner.eta is {self.eta}: set "
-                "planner.sampler to ddpm."
-            )
-        if self.kl_samples < 2:
-            raise UserError(f"planner.kl_samples is {self.kl_samples}; it takes two samples or more to compare.")
-        if self.particles > 1 and self.sampler != "ddpm":
-            raise UserError(
-                f"planner.particles are steps of ddpm, and planner.sampler is {self.sampler}: set it to ddpm."
-            )
-
-    @property
-    def needs_residual(self) -> bool:
-        return self.guide == "corrected" or self.reverse_variance == "analytic"
 
 
 class Model(NamedTuple):
@@ -186,8 +45,8 @@ class Model(NamedTuple):
     residual: Residual | None
     learned: Evidence | None  # a return, learned for noised rows or any other
     temperatures: tuple[float, float] | None  # the range that it is for; None: any
-    support: Support | None  # where the data has been
-    goal: tuple[int, ...]  # columns of a row that a goal fixes in the last one
+    support: Support | None = None  # where the data has been
+    goal: tuple[int, ...] = ()  # columns of a row that a goal fixes in the last one
 
 
 class Drawn(NamedTuple):
@@ -195,44 +54,111 @@ class Drawn(NamedTuple):
 
     x: Tensor  # [N, n, R, D]
     log_weight: Tensor  # [N, n]
-    log_evidence: Tensor | None  # [N]
-    legs: int = 1  # of the longest plans; shorter ones stay where they end
+    log_evidence: Tensor | None = None  # [N]
+    nats: dict[str, Tensor] | None = None  # [N, n] by the parts of the evidence
+    feasible: Tensor | None = None  # [N, n] bool
 
 
 @torch.no_grad()
-def draw(model: Model, known: Known, key: Tensor, c: PlannerConfig, temperature: float | None = None) -> Drawn:
+def draw(
+    model: Model,
+    known: Known,
+    key: Tensor,
+    c: PlannerConfig,
+    temperature: float | None = None,
+    under_way: Tensor | None = None,
+) -> Drawn:
     """Plans for the known rows [N, R, D], with random keys [N].
 
     Without candidates or particles there is one sample each. Candidates weigh by their evidence; unless a guide steered
-    them they are samples of the model, so that these weights are proper and give the log-evidence.
+    them they are samples of the model, so that these weights are proper and give the log-evidence. Where none of a
+    plan's candidates keeps all constraints and stays where the data has been, a notice says so.
 
     Args:
         temperature: in place of the config's, such as `temperature_of` finds.
+        under_way: what is left of the plans that these may replace, [N, R, D] (2R rows with detours), for the config's
+            `keep` and `warm_start`.
 
     Raises:
-        UserError: a guide without evidence, constraints that no row can satisfy, a sampler that cannot do as asked.
+        UserError: a guide without evidence, constraints that no row can satisfy, a goal far from all data, a sampler
+            that cannot do as asked.
     """
     temperature = c.temperature if temperature is None else temperature
     require_temperature(temperature)
-    guide, evidence = _guide(model, known, c, temperature), _evidence(model, c, noised=False)
-    if evidence is None and max(c.candidates + c.detours, c.particles) > 1:
+    _require_near(model, known)
+    guide, parts = _guide(model, known, c, temperature), _parts(model, c, noised=False)
+    if not parts and (max(c.candidates + c.detours, c.particles) > 1 or c.keep):
         raise UserError(f"planner: candidates or particles need evidence to compare them by: {_NAME_SOME}")
     settings: dict[str, Any] = {"reverse_variance": c.reverse_variance, "residual": _residual(model, c), "guide": guide}
-    if evidence is not None and c.particles > 1:
-        settings |= {"evidence": evidence, "temperature": temperature}
+    if parts and c.particles > 1:
+        settings |= {"evidence": together(*parts.values()), "temperature": temperature}
         given = model.denoise, model.schedule, known, key, c.steps, c.particles, model.clip
         found = sequential(*given, **settings)
         return Drawn(found.x, found.log_weight, found.log_evidence)
-    x = _samples(model, known, key, c, c.candidates, settings)
+    x = _samples(model, known, key, c, c.candidates, settings, under_way if c.warm_start else None)
     if c.detours:
         last = x[:, :, -1:].expand_as(x)  # a plan of one leg stays where it ends
         x = torch.cat([torch.cat([x, last], 2), _detours(model, known, key, c, settings)], 1)
-    if evidence is None or x.shape[1] == 1:
-        return Drawn(x, x.new_zeros(len(x), 1), None)
-    value = _at_clean(evidence, x, temperature)
-    mean = value.logsumexp(1) - math.log(x.shape[1])
-    proper = guide is unguided and not c.detours
-    return Drawn(x, value.log_softmax(1), mean if proper else None, 2 if c.detours else 1)
+    if under_way is not None and c.keep:
+        x = torch.cat([under_way[:, None], x], 1)
+    if not parts or x.shape[1] == 1:
+        return Drawn(x, x.new_zeros(len(x), 1))
+    nats = {name: _at_clean(part, x, temperature) for name, part in parts.items()}
+    value = torch.stack(list(nats.values())).sum(0)
+    own = guide is unguided and not c.detours and under_way is None  # samples of the model, and no others
+    mean = value.logsumexp(1) - math.log(x.shape[1]) if own else None
+    feasible = _feasible(model, c, x)
+    if feasible is not None and not feasible.any(1).all():
+        none = int((~feasible.any(1)).nonzero()[0])
+        warnings.warn(Notice(_no_way(model, c, known, none, x.shape[1])), stacklevel=2)
+    return Drawn(x, value.log_softmax(1), mean, nats, feasible)
+
+
+def _feasible(model: Model, c: PlannerConfig, x: Tensor) -> Tensor | None:
+    """Whether plans [N, n, R, D] keep all constraints, and stay within two margins of the data; None: nothing asks."""
+    if not c.evidence.constraints and not c.evidence.support:
+        return None
+    rows = dense(model.codec.decode(x.flatten(0, 1))[0])
+    kept = torch.ones(len(rows), dtype=torch.bool, device=x.device)
+    for constraint in c.evidence.constraints:
+        kept &= (constraint.violation(rows) <= SLACK * constraint.width).all(1)
+    if c.evidence.support and model.support is not None:
+        kept &= (model.support(rows[..., list(model.support.config.columns)]) <= 2 * c.evidence.margin).all(1)
+    return kept.view(x.shape[:2])
+
+
+def _require_near(model: Model, known: Known) -> None:
+    """
+    Raises:
+        UserError: a goal is too far from where the data has been for a plan to know how to get there.
+    """
+    if model.support is None or not model.goal or model.goal != model.support.config.columns:
+        return
+    goal = model.codec.decode(known.value[:, -1:])[0][:, 0, list(model.goal)]
+    away = model.support(goal)
+    if (away > model.support.config.far).any():
+        worst = int(away.argmax())
+        place, nearest = (", ".join(f"{v:.3g}" for v in at) for at in (goal[worst], model.support.nearest(goal[worst])))
+        raise UserError(
+            f"the goal ({place}) is {float(away[worst]):.2g} from the nearest place that the data has visited, "
+            f"({nearest}): plans know no way there. Take that place, or collect data around the goal."
+        )
+
+
+def _no_way(model: Model, c: PlannerConfig, known: Known, plan: int, count: int) -> str:
+    """Why none of the candidates of a plan is feasible."""
+    best = "the one with the most evidence is executed."
+    if model.support is not None and model.goal == model.support.config.columns:
+        rows = model.codec.decode(known.value[plan : plan + 1])[0][0, :, list(model.goal)]
+        if not model.support.connected(rows[0], rows[-1], c.evidence.constraints):
+            return (
+                "the constraints leave no way from the start to the goal through the places that the data has visited: "
+                f"loosen one; of the {count} candidates {best}"
+            )
+    return (
+        f"none of the {count} candidates of a plan keeps all constraints and stays where the data has been: {best} "
+        "More of them (planner.candidates, planner.detours) may find a way."
+    )
 
 
 def _detours(model: Model, known: Known, key: Tensor, c: PlannerConfig, settings: dict[str, Any]) -> Tensor:
@@ -251,6 +177,10 @@ def _detours(model: Model, known: Known, key: Tensor, c: PlannerConfig, settings
     legs = [_samples(model, first, seeding.split(own, 2)[:, 0], c, 1, settings)[:, 0]]
     second.value[:, 0, codec.state] = legs[0][:, -1, codec.state]
     legs.append(_samples(model, second, seeding.split(own, 2)[:, 1], c, 1, settings)[:, 0])
+    if codec.span:
+        both = codec.encode_steps(codec.steps(legs[0]) + codec.steps(legs[1]))
+        for leg in legs:
+            leg[..., -1] = both
     return torch.cat(legs, 1).unflatten(0, (-1, c.detours))
 
 
@@ -299,20 +229,33 @@ def _residual(model: Model, c: PlannerConfig) -> Residual | None:
     return model.residual if c.needs_residual else None
 
 
-def _evidence(model: Model, c: PlannerConfig, noised: bool) -> Evidence | None:
-    """All there is, with the learned return read at noised rows or at clean ones; None if there is none."""
-    parts: list[Evidence] = [InUnits(model.codec, goal) for goal in c.evidence.goals]
+def _parts(model: Model, c: PlannerConfig, noised: bool) -> dict[str, Evidence]:
+    """All evidence there is by name, with the learned return read at noised rows or at clean ones."""
+    parts: dict[str, Evidence] = {}
+
+    def add(name: str, *evidence: Evidence) -> None:
+        if evidence:
+            parts[name] = InUnits(model.codec, together(*evidence))
+
+    add("goals", *c.evidence.goals)
     if not c.evidence.project:
-        parts += [ConstraintInUnits(model.codec, constraint) for constraint in c.evidence.constraints]
+        add("constraints", *c.evidence.constraints)
     if c.evidence.length:
-        parts.append(InUnits(model.codec, Short(c.pursuit.position, c.evidence.length)))
+        add("length", Short(c.pursuit.position, c.evidence.length))
     if c.evidence.support:
         if model.support is None:
             raise UserError("planner.evidence.support needs to know where the data has been: set model.support.")
-        parts.append(InUnits(model.codec, Supported(model.support, c.evidence.support, c.evidence.margin)))
+        add("support", Supported(model.support, c.evidence.support, c.evidence.margin))
+    if c.evidence.duration:
+        parts["duration"] = Quick(model.codec, c.evidence.duration)
     if model.learned is not None:
-        parts.append(_AtClean(model.learned) if model.learned.noisy and not noised else model.learned)
-    return together(*parts) if parts else None
+        parts["return"] = _AtClean(model.learned) if model.learned.noisy and not noised else model.learned
+    return parts
+
+
+def _evidence(model: Model, c: PlannerConfig, noised: bool) -> Evidence | None:
+    parts = _parts(model, c, noised)
+    return together(*parts.values()) if parts else None
 
 
 def _guide(model: Model, known: Known, c: PlannerConfig, temperature: float) -> Guide:
@@ -331,12 +274,22 @@ def _guide(model: Model, known: Known, c: PlannerConfig, temperature: float) -> 
     return guide
 
 
-def _samples(model: Model, known: Known, key: Tensor, c: PlannerConfig, count: int, settings: dict[str, Any]) -> Tensor:
-    """`count` samples [N, count, R, D] of each plan."""
+def _samples(
+    model: Model,
+    known: Known,
+    key: Tensor,
+    c: PlannerConfig,
+    count: int,
+    settings: dict[str, Any],
+    begin: Tensor | None = None,
+) -> Tensor:
+    """`count` samples [N, count, R, D] of each plan; from `begin` [N, R, D] on, noised, where that is given."""
     if count > 1:
         key = seeding.split(key, count).flatten()
         known = Known(*(part.repeat_interleave(count, 0) for part in known))
     given = model.denoise, model.schedule, known, key
+    if begin is not None and c.warm_start is not None:
+        settings = {**settings, "warm": Warm(begin.repeat_interleave(count, 0), c.warm_start)}
     if c.sampler == "ddpm":
         x = ddpm(*given, model.clip, steps=c.steps, **settings)
     elif c.sampler == "ddim":

@@ -5,16 +5,19 @@ No map is needed: a grid remembers how far each place is from the nearest that t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import torch
-from scipy.ndimage import binary_closing, distance_transform_edt
+from scipy.ndimage import binary_closing, distance_transform_edt, label
 from torch import Tensor, nn
 
 from offline_cai import seeding
 from offline_cai.core import Chunks
+from offline_cai.data.codec import Codec
+from offline_cai.diffusion.constraints import Constraint
 from offline_cai.errors import UserError
 
 
@@ -28,10 +31,15 @@ class SupportConfig:
     """Side of a cell, in the units of the observation."""
     cells: int = 256
     """Cells along each side."""
+    far: float = 0.5
+    """How far from the data a goal may be, in the units of the observation."""
 
     def __post_init__(self) -> None:
-        if not self.cell > 0 or self.cells < 3:
-            raise UserError(f"support: cell ({self.cell}) has to be positive, and cells ({self.cells}) at least 3.")
+        if not self.cell > 0 or self.cells < 3 or not self.far >= 0:
+            raise UserError(
+                f"support: cell ({self.cell}) has to be positive, cells ({self.cells}) at least 3, far ({self.far}) at "
+                "least 0."
+            )
 
 
 class Support(nn.Module):
@@ -84,15 +92,45 @@ class Support(nn.Module):
 
     def draw(self, key: Tensor) -> Tensor:
         """A place [N, 2] for each of keys [N], uniform over the cells that the data has visited."""
-        free = (self.distance == 0).nonzero()
-        cell = free[seeding.integers(key, len(free))].to(self.origin.dtype)
+        cell = self._visited[seeding.integers(key, len(self._visited))].to(self.origin.dtype)
         return self.origin + (cell + seeding.uniform(key, (2,), stream=1).to(cell)) * self.config.cell
 
+    @property
+    def _visited(self) -> Tensor:
+        """Row and column [M, 2] of each visited cell."""
+        return (self.distance == 0).nonzero()
 
-def _points(x: Tensor, columns: tuple[int, ...]) -> Tensor:
-    """Rows [N, R, O'] to their positions and those half-way between, [N, 2R - 1, 2]."""
-    at = x[..., list(columns)]
-    return torch.cat([at, (at[:, 1:] + at[:, :-1]) / 2], 1)
+    def _centres(self, cell: Tensor) -> Tensor:
+        return self.origin + (cell + 0.5).to(self.origin.dtype) * self.config.cell
+
+    def nearest(self, point: Tensor) -> Tensor:
+        """The visited place [2] nearest to a point [2]: the centre of its cell."""
+        places = self._centres(self._visited)
+        return places[(places - point).norm(dim=1).argmin()]
+
+    def connected(self, start: Tensor, end: Tensor, constraints: Sequence[Constraint] = ()) -> bool:
+        """Whether visited cells that keep the constraints lead from near one point [2] to near the other."""
+        cells, columns = self._visited, list(self.config.columns)
+        rows = self.origin.new_zeros(len(cells), 1, max(columns) + 1)
+        rows[:, 0, columns] = self._centres(cells)
+        for constraint in constraints:
+            if set(constraint.columns) <= set(columns):
+                keeps = constraint.violation(rows)[:, 0] <= 0
+                rows, cells = rows[keeps], cells[keeps]
+        if not len(cells):
+            return False
+        free = torch.zeros_like(self.distance, dtype=torch.bool)
+        free[cells[:, 0], cells[:, 1]] = True
+        parts, _ = label(free.cpu().numpy(), np.ones((3, 3)))
+        ends = [cells[(rows[:, 0, columns] - point).norm(dim=1).argmin()].cpu() for point in (start, end)]
+        return bool(parts[tuple(ends[0])] == parts[tuple(ends[1])])
+
+
+def dense(rows: Tensor, parts: int = 4) -> Tensor:
+    """Rows [N, R, D] with parts - 1 more between each and the next, on the straight line: [N, parts (R - 1) + 1, D]."""
+    share = torch.arange(parts, device=rows.device).to(rows)[:, None] / parts
+    between = torch.lerp(rows[:, :-1, None], rows[:, 1:, None], share)
+    return torch.cat([between.flatten(1, 2), rows[:, -1:]], 1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +145,7 @@ class Supported:
 
     def share(self, x: Tensor) -> Tensor:
         """The share of points outside, [N], of rows [N, R, O'] in raw units; the border is soft, by .2 of a cell."""
-        away = self.support(_points(x, self.support.config.columns)) - self.margin
+        away = self.support(dense(x[..., list(self.support.config.columns)], 2)) - self.margin
         return torch.sigmoid(5 * away / self.support.config.cell).mean(-1)
 
     def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
@@ -130,3 +168,16 @@ class Short:
 
     def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
         return -self.nats * self.length(x)
+
+
+@dataclass(frozen=True)
+class Quick:
+    """A plan pays `nats` for each time step that it takes, as its rows say (`Codec.steps`)."""
+
+    codec: Codec
+    nats: float
+    noisy: ClassVar[bool] = False
+    quadratic: ClassVar[bool] = False
+
+    def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
+        return -self.nats * self.codec.steps(x).mean(-1)

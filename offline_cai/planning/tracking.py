@@ -98,11 +98,21 @@ class Pursuit:
         return (*self.position, *self.velocity)
 
     def path(self, rows: np.ndarray) -> np.ndarray:
-        """Planned rows [R, O'] to points [L, d] along their path, evenly spaced."""
-        at = rows[:, list(self.position)]
-        along = np.concatenate([[0.0], np.linalg.norm(np.diff(at, axis=0), axis=1).cumsum()])
+        """Planned rows [R, O'] to points [L, d] along their path, GRAIN lookaheads apart."""
+        along = self._along(rows)
         even = np.append(np.arange(0, along[-1], GRAIN * self.lookahead), along[-1])
-        return np.stack([np.interp(even, along, column) for column in at.T], axis=1)
+        return np.stack([np.interp(even, along, column) for column in rows[:, list(self.position)].T], axis=1)
+
+    def _along(self, rows: np.ndarray) -> np.ndarray:
+        """How far along the path each row lies, [R]."""
+        step = np.diff(rows[:, list(self.position)], axis=0)
+        return np.concatenate([[0.0], np.linalg.norm(step, axis=1).cumsum()])
+
+    def progress(self, rows: np.ndarray, at: int) -> tuple[float, float]:
+        """The point of the rows' path with that number: the row, between two, that it lies at, and the share behind."""
+        along = self._along(rows)
+        share = min(at * GRAIN * self.lookahead / max(along[-1], 1e-9), 1.0)
+        return float(np.interp(share * along[-1], along, np.arange(len(rows)))), share
 
     def advance(self, path: np.ndarray, at: int, state: np.ndarray) -> int:
         """The number of the nearest point to a state [O'], among those up to a lookahead and a half after `at`."""

@@ -12,7 +12,7 @@ from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.diffusion.evidence import Goal, ReturnInUnits
 from offline_cai.errors import UserError
-from offline_cai.planning.sampling import EvidenceConfig, PlannerConfig
+from offline_cai.planning.config import EvidenceConfig, PlannerConfig
 from offline_cai.planning.tracking import Tracker
 
 SMALL = DiffuserConfig(rows=4, stride=2, channels=8, multipliers=(1, 2), levels=8)

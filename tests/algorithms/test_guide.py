@@ -16,7 +16,7 @@ from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.diffusion.evidence import Learned
 from offline_cai.errors import UserError
-from offline_cai.planning.sampling import PlannerConfig
+from offline_cai.planning.config import PlannerConfig
 
 SMALL = DiffuserConfig(rows=4, stride=1, goal_field=None, channels=8, multipliers=(1, 2), levels=8, discount=1.0)
 LUCK = {1.0: 0.7, -1.0: 0.2}  # probability of the prize by side

@@ -15,7 +15,7 @@ class Propose:
     def __init__(self, stride: int = 2, actions: bool = False) -> None:
         self.stride, self.actions, self.asked, self.keys = stride, actions, [], []  # type: ignore[var-annotated]
 
-    def __call__(self, obs: np.ndarray, key: Tensor) -> Plan:
+    def __call__(self, obs: np.ndarray, key: Tensor, under_way: Plan | None = None) -> Plan:
         self.asked.append(obs[:, 4].tolist())
         self.keys += key.tolist()
         rows = np.repeat(obs[:, None, 4:8], 3, axis=1) + np.arange(3)[:, None] * 0.01

@@ -16,7 +16,8 @@ from offline_cai.diffusion.evidence import Goal, Learned
 from offline_cai.diffusion.residual import wiener
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
-from offline_cai.planning.sampling import EvidenceConfig, Model, PlannerConfig, draw, temperature_of
+from offline_cai.planning.config import EvidenceConfig, PlannerConfig
+from offline_cai.planning.sampling import Model, draw, temperature_of
 
 ROWS, WIDTH, SCALE = 3, 2, 2.0  # rows ~ N(0, I) in the codec's units, whose raw units are twice as large
 SCHEDULE = Schedule(32)

@@ -62,7 +62,9 @@ def test_its_gradient_points_back_to_the_data(support: Support) -> None:
 
 def test_a_grid_that_is_too_small_says_how_large_a_cell_would_do() -> None:
     small = Support(SupportConfig(cell=0.05, cells=40))
-    with pytest.raises(UserError, match=r"the data spans 2\.05, more than 40 cells of 0\.05: raise support\.cell to 0\.05"):
+    with pytest.raises(
+        UserError, match=r"the data spans 2\.05, more than 40 cells of 0\.05: raise support\.cell to 0\.05"
+    ):
         small.fit(chunks, [0, 1])
     with pytest.raises(UserError, match="has to be positive"):
         SupportConfig(cell=0.0)
