@@ -30,7 +30,7 @@ from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation import plots
 from offline_cai.files import read_json, write_text
 from offline_cai.inference.smc import effective_sample_size
-from offline_cai.planning.sampling import PlannerConfig
+from offline_cai.planning.config import PlannerConfig
 from offline_cai.spaces import flatten, require_same_spec
 from offline_cai.training import checkpoint, experiment, loop, processes
 from offline_cai.training.experiment import Experiment

@@ -27,8 +27,8 @@ from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation import evaluate as evaluation
 from offline_cai.evaluation import offpolicy, plots, references
 from offline_cai.evaluation.statistics import caution, paired, summarise
+from offline_cai.planning.config import PlannerConfig
 from offline_cai.planning.planner import Planner
-from offline_cai.planning.tracking import Tracker
 from offline_cai.policies.acting import ActorAlgorithm
 from offline_cai.provenance import versions
 from offline_cai.spaces import require_same_spec
@@ -63,8 +63,9 @@ def evaluate(
         policy = algorithm.policy(seed=protocol.seed)
         label = "planner" if isinstance(policy, Planner) else exp.algorithm
         policies: dict[str, Callable[[], Policy]] = {label: lambda: policy}
-        tracker = policy.tracker if isinstance(policy, Planner) else Tracker()
-        policies |= reference_policies(protocol, exp.dataset, tracker, algorithm.needs.stride)
+        diffuser = diffuser_of(algorithm)
+        how = PlannerConfig() if diffuser is None else diffuser.config.planner
+        policies |= reference_policies(protocol, exp.dataset, how, algorithm.needs.stride)
         kept = run.folder / ".evaluation" / _key(run, protocol, policies)
         try:
             results = evaluation.evaluate(protocol, policies, algorithm.spec, quiet, keep=kept)
@@ -147,7 +148,7 @@ def _even(result: evaluation.Result) -> bool:
 
 
 def reference_policies(
-    protocol: evaluation.Protocol, dataset: str | None, tracker: Tracker, stride: int
+    protocol: evaluation.Protocol, dataset: str | None, planner: PlannerConfig, stride: int
 ) -> dict[str, Callable[[], Policy]]:
     """The protocol's references by name: those that need data take them from `dataset`, if there is one."""
     if not protocol.references:
@@ -158,7 +159,7 @@ def reference_policies(
         maze=Maze.of(env) if hasattr(env.unwrapped, "maze") else None,
         data=None if dataset is None else catalogue.trajectories(dataset),
         behaviour={} if dataset is None else collecting.controller_arguments(catalogue.note(dataset)),
-        tracker=tracker,
+        planner=planner,
         stride=stride,
         seed=protocol.seed,
     )
@@ -173,15 +174,22 @@ def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
         return {}
     c = diffuser.config
     rows = c.planner.rows or c.rows
-    milliseconds = 1000 * policy.seconds / max(policy.plans_made, 1)
-    return {
-        **config.to_dict(c.planner),
-        "horizon in steps": rows * c.stride,
-        "rows": rows,
-        "stride": c.stride,
-        "tracker": asdict(policy.tracker),
-        **({"plans": policy.plans_made, "milliseconds per plan": milliseconds} if policy.plans_made else {}),
-    }
+    facts = {**config.to_dict(c.planner), "rows": rows, "stride": c.stride}
+    if not c.segments:
+        facts["horizon in steps"] = rows * c.stride
+    if not policy.plans_made:
+        return facts
+    facts |= {"plans": policy.plans_made, "milliseconds per plan": 1000 * policy.seconds / policy.plans_made}
+    total, steps = policy.deviation
+    if steps:
+        facts["deviation from the plan, mean"] = total / steps
+    if policy.feasible:
+        facts |= {
+            "feasible candidates, share": float(np.mean(policy.feasible)),
+            "plans without a feasible candidate": sum(share == 0 for share in policy.feasible),
+        }
+    rejected = sum(policy.rejected.values())
+    return facts | {f"rejected for {name}, share": n / rejected for name, n in policy.rejected.items()}
 
 
 def _guided(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:

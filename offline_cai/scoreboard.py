@@ -25,7 +25,7 @@ from offline_cai.evaluation import board
 from offline_cai.evaluation import evaluate as evaluation
 from offline_cai.evaluation.statistics import summarise
 from offline_cai.files import read_json, write_bytes, write_text
-from offline_cai.planning.tracking import Tracker
+from offline_cai.planning.config import PlannerConfig
 from offline_cai.provenance import versions
 from offline_cai.training import experiment, trackers
 
@@ -330,7 +330,7 @@ def _reference(task: Task, label: str, quiet: bool) -> dict[str, Any]:
     env = protocol.make()
     spec = env_spec(env)
     env.close()
-    policies = evaluation_commands.reference_policies(protocol, task.dataset, Tracker(), 1)
+    policies = evaluation_commands.reference_policies(protocol, task.dataset, PlannerConfig(), 1)
     result = evaluation.evaluate(protocol, policies, spec, quiet)[label]
     minutes = {"train": 0.0, "evaluate": (time.process_time() - began) / 60}
     return {**_result(config.to_dict(protocol), result.to_json(), minutes), "dataset": task.dataset}

@@ -33,6 +33,10 @@ from offline_cai.planning.sampling import Drawn, Model, draw, temperature_of
 from offline_cai.planning.support import Support, SupportConfig
 
 
+SPAN_WEIGHT = 4.0
+"""Weight in the loss of how long a segment takes, which all its rows say; a number of the first row has 1."""
+
+
 @dataclass(frozen=True)
 class GivenConfig:
     """A part of one row that plans are given."""
@@ -230,7 +234,7 @@ class Diffuser(Algorithm):
             ("goal_columns", c.goal_columns if c.goal_field else ()),
             ("the tracker's columns", c.planner.tracker.columns if c.planner.execute == "track" else ()),
             ("the columns of model.given", [column for part in c.given for column in part.columns]),
-            ("the pursuit's columns", c.planner.pursuit.columns if c.planner.execute == "pursue" else ()),
+            ("the pursuit's positions", c.planner.pursuit.position if c.planner.execute == "pursue" else ()),
             ("the support's columns", () if c.support is None else c.support.columns),
             ("the evidence's columns", evidence.columns),
         ):
@@ -345,6 +349,8 @@ class Diffuser(Algorithm):
         decay = self.config.loss_discount ** torch.arange(self.config.rows, dtype=torch.float32)
         weight = (decay / decay.mean())[:, None].repeat(1, self.codec.width)
         weight[0, : self.codec.actions] = self.config.action_weight
+        if self.config.segments:
+            weight[:, -1] *= SPAN_WEIGHT / self.config.rows
         return weight
 
     def _told(self, batch: Batch) -> Tensor | None:
@@ -533,6 +539,7 @@ class Diffuser(Algorithm):
             "execute": execute,
             "replan": c.replan,
             "go_on": c.keep or c.warm_start is not None,
+            "state": c.state,
             **options,
         }
         return Planner(self.spec, self.config.fields, propose, seed, **settings)

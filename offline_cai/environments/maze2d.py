@@ -73,6 +73,10 @@ class Maze2DProtocol(gym.Wrapper, gym.utils.RecordConstructorArgs):
         cell = self.maze.free[base.np_random.integers(len(self.maze.free))]
         position = self.maze.position(cell) + base.np_random.uniform(-0.1, 0.1, size=2)
         velocity = base.np_random.normal(size=2) * 0.1
+        if self.goal_cell is None:
+            others = [other for other in self.maze.free if other != cell]
+            base.goal = self.maze.position(others[base.np_random.integers(len(others))])
+            base.update_target_site_pos()
         base.point_env.set_state(position, velocity)
         obs = base._get_obs(np.concatenate([position, velocity]))
         return obs, {**info, "success": self._reached(obs)}

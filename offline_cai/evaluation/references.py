@@ -1,7 +1,7 @@
 """Reference policies, by name: what a score has to be seen beside."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -11,20 +11,20 @@ from offline_cai.data.trajectories import Trajectories
 from offline_cai.environments.behaviour import MazeController, RandomPolicy
 from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import UserError, did_you_mean
+from offline_cai.planning.config import PlannerConfig
 from offline_cai.planning.occupancy import OccupancyPaths
 from offline_cai.planning.planner import Planner
-from offline_cai.planning.tracking import Tracker
 
 
 class Setting(NamedTuple):
     """What references are made from: the protocol's maze and the data, if there are any, the arguments of the maze
-    controller that collected them (empty: its defaults), the planner's tracker."""
+    controller that collected them (empty: its defaults), and how the planner that they stand beside executes plans."""
 
     spec: Spec
     maze: Maze | None
     data: Trajectories | None
     behaviour: Mapping[str, Any]
-    tracker: Tracker
+    planner: PlannerConfig
     stride: int
     seed: int
 
@@ -50,7 +50,7 @@ def controller_without_noise(s: Setting) -> Policy:
 
 
 def occupancy_path(s: Setting) -> Policy:
-    """The shortest path over the data's occupancy grid, followed by the planner's own tracker and gains."""
+    """The shortest path over the data's occupancy grid, tracked or pursued with the planner's own gains."""
     _maze(s, "occupancy path")
     if s.data is None:
         raise UserError("the occupancy path needs a dataset, and this experiment has none.")
@@ -59,7 +59,8 @@ def occupancy_path(s: Setting) -> Policy:
     states = np.asarray(s.data.obs[:, s.data.spec.columns("observation")])
     position, goal = (np.array(s.spec.columns(name)) for name in ("achieved_goal", "desired_goal"))
     paths = OccupancyPaths(states, position, goal, s.stride, s.spec.dt)
-    return Planner(s.spec, ("observation",), paths, s.seed, s.tracker)
+    execute: Literal["track", "pursue"] = "pursue" if s.planner.execute == "pursue" else "track"
+    return Planner(s.spec, ("observation",), paths, s.seed, s.planner.tracker, execute, pursuit=s.planner.pursuit)
 
 
 def random(s: Setting) -> Policy:

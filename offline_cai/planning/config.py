@@ -95,6 +95,8 @@ class PlannerConfig:
     """Columns and gains of the PD controller."""
     pursuit: Pursuit = field(default_factory=Pursuit)
     """Columns and gains of the one that pursues a path."""
+    state: tuple[str, ...] | None = None
+    """Fields of the observation that the tracker and the pursuit read; null: those of the model."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.replan is not None and self.replan < 1):

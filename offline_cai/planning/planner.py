@@ -34,7 +34,7 @@ class Planner:
     the proposer is then told what is left of the old one. A plan's noise is keyed by (seed, environment, its episode,
     its plan). When a plan is used up its last row is held. `execute` says how a plan becomes actions: "track" follows
     its states with the tracker, "pursue" their path without their times, "actions" plays its actions without looking at
-    the state.
+    the state. `fields` of the observation make a plan's rows, and those of `state` are what is executed by.
 
     Attributes:
         tracker: how planned states are followed.
@@ -60,6 +60,7 @@ class Planner:
         replan: int | None = None,
         pursuit: Pursuit | None = None,
         go_on: bool = False,
+        state: tuple[str, ...] | None = None,
     ) -> None:
         if execute == "track" and spec.dt is None:
             raise UserError(
@@ -69,6 +70,13 @@ class Planner:
         if replan is not None and replan < 1:
             raise UserError(f"planner.replan is {replan}; take a number of steps of at least 1, or null for never.")
         self._spec, self._columns = spec, spec.columns(*fields)
+        self._state = self._columns if state is None else spec.columns(*state)
+        steers = {"track": tracker.columns, "pursue": (pursuit or Pursuit()).columns, "actions": ()}[execute]
+        if not all(0 <= column < len(self._state) for column in steers):
+            raise UserError(
+                f"to {execute} plans takes columns {list(steers)} of the state, but {', '.join(state or fields)} has "
+                f"{len(self._state)}: name the fields that hold positions and velocities (planner.state)."
+            )
         self.propose, self._seed, self.tracker = propose, seed, tracker
         self._execute, self._replan, self.pursuit, self._go_on = execute, replan, pursuit or Pursuit(), go_on
         self._low, self._high = np.array(spec.box.low), np.array(spec.box.high)
@@ -102,7 +110,7 @@ class Planner:
         return np.clip(action, self._low, self._high), None
 
     def _action(self, course: _Course, obs: np.ndarray) -> np.ndarray:
-        state, script = obs[self._columns], course.script
+        state, script = obs[self._state], course.script
         course.time += 1
         if self._execute == "pursue":
             course.at = self.pursuit.advance(script, course.at, state)

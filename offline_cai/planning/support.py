@@ -82,7 +82,7 @@ class Support(nn.Module):
     def forward(self, points: Tensor) -> Tensor:
         """How far points [..., 2] are from where the data has been, [...]; bilinear between the cells' centres."""
         c = self.config
-        at = ((points - self.origin) / c.cell - 0.5).clamp(0, c.cells - 1.001)
+        at = ((points.to(self.origin) - self.origin) / c.cell - 0.5).clamp(0, c.cells - 1.001)
         low = at.floor()
         part, (i, j) = at - low, low.long().unbind(-1)
         u, v = part.unbind(-1)
@@ -106,7 +106,7 @@ class Support(nn.Module):
     def nearest(self, point: Tensor) -> Tensor:
         """The visited place [2] nearest to a point [2]: the centre of its cell."""
         places = self._centres(self._visited)
-        return places[(places - point).norm(dim=1).argmin()]
+        return places[(places - point.to(places)).norm(dim=1).argmin()]
 
     def connected(self, start: Tensor, end: Tensor, constraints: Sequence[Constraint] = ()) -> bool:
         """Whether visited cells that keep the constraints lead from near one point [2] to near the other."""
@@ -122,7 +122,7 @@ class Support(nn.Module):
         free = torch.zeros_like(self.distance, dtype=torch.bool)
         free[cells[:, 0], cells[:, 1]] = True
         parts, _ = label(free.cpu().numpy(), np.ones((3, 3)))
-        ends = [cells[(rows[:, 0, columns] - point).norm(dim=1).argmin()].cpu() for point in (start, end)]
+        ends = [cells[(rows[:, 0, columns] - point.to(rows)).norm(dim=1).argmin()].cpu() for point in (start, end)]
         return bool(parts[tuple(ends[0])] == parts[tuple(ends[1])])
 
 

@@ -72,3 +72,60 @@ def test_what_cannot_be_executed_is_refused(spec: Spec) -> None:
         Planner(Spec(spec.obs, spec.action), ("observation",), Propose(), 0, Tracker())
     with pytest.raises(UserError, match=r"replan is 0"):
         Planner(spec, ("observation",), Propose(), 0, Tracker(), replan=0)
+
+
+class Onward(Propose):
+    """It notes what is left of the plan under way, and goes straight to (1, 0) in five rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[Plan | None] = []
+
+    def __call__(self, obs: np.ndarray, key: Tensor, under_way: Plan | None = None) -> Plan:
+        self.left.append(under_way)
+        rows = np.linspace(obs[:, 4:8], [1.0, 0.0, 0.0, 0.0], 5, axis=1)
+        plan = Plan.one_each(torch.from_numpy(rows), None, 2)
+        weight = torch.zeros(len(obs), 1)
+        return plan._replace(steps=torch.full((len(obs), 1), 40.0), nats={"length": weight}, feasible=weight == 0)
+
+
+def test_a_proposer_is_told_what_is_left_of_a_timed_plan(spec: Spec) -> None:
+    propose = Onward()
+    planner = Planner(spec, ("observation",), propose, 0, Tracker(), replan=2, go_on=True)
+    for position in (0.0, 0.1, 0.2):
+        planner.act(observe(position, 0.0))
+    assert len(propose.left) == 2 and propose.left[0] is None
+    left = propose.left[1]
+    assert left is not None and left.obs.shape == (2, 1, 5, 4)
+    assert left.obs[0, 0, :, 0].tolist() == pytest.approx([0.2, 0.5, 0.75, 1, 1]), (
+        "two steps are one row; the end holds"
+    )
+    assert left.obs[1, 0, 0, 0] == 0, "from the present state on"
+    planner.reset(np.array([True, False]))
+    planner.act(observe(0.5, 0.5))
+    assert propose.left[2] is None, "a new episode has no plan under way"
+
+
+def test_a_proposer_is_told_what_is_left_of_a_path_and_of_its_steps(spec: Spec) -> None:
+    propose = Onward()
+    planner = Planner(spec, ("observation",), propose, 0, Tracker(), "pursue", replan=1, go_on=True)
+    planner.act(observe(0.0))
+    planner.act(observe(0.0))
+    planner.act(observe(0.5))
+    first, later = propose.left[1], propose.left[2]
+    assert first is not None and later is not None and first.steps is not None and later.steps is not None
+    assert first.obs[0, 0, :, 0].tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    planner.act(observe(0.5))
+    half = propose.left[3]
+    assert half is not None and half.steps is not None
+    assert half.obs[0, 0, :, 0].tolist() == pytest.approx([0.5, 0.625, 0.75, 0.875, 1], abs=0.02)
+
+
+def test_it_can_say_how_it_chose_and_how_near_its_plans_it_stayed(spec: Spec) -> None:
+    planner = Planner(spec, ("observation",), Onward(), 0, Tracker())
+    for position in (0.0, 0.125, 0.25):
+        obs = observe(position)
+        obs[:, 5] = 0.3  # beside the line from the first state
+        planner.act(obs)
+    total, steps = planner.deviation
+    assert steps == 3 and 0 < total / steps < 0.3 and planner.feasible == [1.0] and planner.rejected.total() == 0
