@@ -31,6 +31,7 @@ from offline_cai.evaluation import plots
 from offline_cai.files import read_json, write_text
 from offline_cai.inference.smc import effective_sample_size
 from offline_cai.planning.config import PlannerConfig
+from offline_cai.planning.support import dense
 from offline_cai.spaces import flatten, require_same_spec
 from offline_cai.training import checkpoint, experiment, loop, processes
 from offline_cai.training.experiment import Experiment
@@ -273,6 +274,8 @@ def _starts(env: gym.Env, spec: Spec, count: int, seed: int) -> tuple[np.ndarray
 
 
 def _dense(algorithm: Diffuser, rows: np.ndarray) -> np.ndarray:
-    """Positions [N, L, 2] at every time step of planned rows."""
-    tracker = algorithm.config.planner.tracker
+    """Positions [N, L, 2] at every time step of planned rows, or four between rows that have no times."""
+    c, tracker = algorithm.config.planner, algorithm.config.planner.tracker
+    if c.execute == "pursue":
+        return dense(torch.from_numpy(rows[..., list(c.pursuit.position)])).numpy()
     return tracker.states(rows, algorithm.config.stride, algorithm.spec.dt or 1.0)[..., : len(tracker.position)]

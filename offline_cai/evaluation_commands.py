@@ -33,7 +33,7 @@ from offline_cai.policies.acting import ActorAlgorithm
 from offline_cai.provenance import versions
 from offline_cai.spaces import require_same_spec
 
-EVALUATION_FILES = {"results.json", "paths.npz", "paths.png", "episodes.npz"}
+EVALUATION_FILES = {"results.json", "paths.npz", "paths.png", "choices.png", "episodes.npz"}
 KEPT = 10  # episodes of the policy whose observations and actions are kept, the first of as many environments
 
 
@@ -94,6 +94,8 @@ def evaluate(
         np.savez_compressed(folder / "paths.npz", **arrays)
         _keep_episodes(folder / "episodes.npz", results[label].episodes, protocol)
         _draw_paths(folder / "paths.png", protocol, results)
+        if isinstance(policy, Planner) and policy.first is not None and policy.first.nats is not None:
+            _draw_choices(folder / "choices.png", protocol, policy, results[label].episodes)
     shutil.rmtree(kept.parent, ignore_errors=True)
     note_stage(run.folder, "evaluate", time.monotonic() - began)
     return {**data, "run": str(run.folder)}
@@ -140,6 +142,27 @@ def _draw_paths(path: Path, protocol: evaluation.Protocol, results: Mapping[str,
         paths = {name: [e.obs[:, position] for e in result.episodes[:40]] for name, result in results.items()}
         target = next(iter(results.values())).episodes[0].obs[0, goal]
         path.write_bytes(plots.png(plots.executed(Maze.of(env), paths, target)))
+    env.close()
+
+
+def _draw_choices(path: Path, protocol: evaluation.Protocol, planner: Planner, episodes: list[Episode]) -> None:
+    """The candidates of the first plans and what was executed, where the environment is a maze."""
+    plans, env = planner.first, protocol.make()
+    if plans is not None and hasattr(env.unwrapped, "maze"):
+        spec = env_spec(env)
+        names, reason = plans.reasons
+        rows = plans.obs[..., list(planner.position)].numpy()
+        begun = episodes[:: protocol.episodes // protocol.environments][: min(len(rows), 6)]
+        panels = [
+            plots.Choice(
+                rows[i],
+                reason[i].numpy(),
+                e.obs[:, spec.columns("achieved_goal")],
+                e.obs[0, spec.columns("desired_goal")],
+            )
+            for i, e in enumerate(begun)
+        ]
+        path.write_bytes(plots.png(plots.choices(Maze.of(env), names, panels)))
     env.close()
 
 

@@ -32,7 +32,6 @@ from offline_cai.planning.planner import Planner
 from offline_cai.planning.sampling import Drawn, Model, draw, temperature_of
 from offline_cai.planning.support import Support, SupportConfig
 
-
 SPAN_WEIGHT = 4.0
 """Weight in the loss of how long a segment takes, which all its rows say; a number of the first row has 1."""
 

@@ -4,7 +4,7 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import imageio.v3 as imageio
 import matplotlib
@@ -84,6 +84,40 @@ def executed(maze: Maze, paths: Mapping[str, Sequence[np.ndarray]], goal: np.nda
         panel.plot(*goal, "*", color=GOAL, markersize=11)
         panel.set_title(name, fontsize=9, color=INK)
     figure.subplots_adjust(wspace=0.06)
+    return figure
+
+
+class Choice(NamedTuple):
+    """The candidates of one plan, what became of it, and why the others were left."""
+
+    rows: np.ndarray  # [n, R, 2]
+    reason: np.ndarray  # [n] int, -1 for the chosen one
+    walked: np.ndarray  # [L, 2]
+    goal: np.ndarray | None  # [2]
+
+
+def choices(maze: Maze, names: Sequence[str], panels: Sequence[Choice], columns: int = 3) -> Figure:
+    """One maze for each plan: its candidates in the colour of what spoke against them, the chosen one and its path."""
+    lines, columns = -(-len(panels) // columns), min(len(panels), columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(2.9 * columns, 2.9 * lines + 0.4), squeeze=False)
+    for panel in axes.flat[len(panels) :]:
+        panel.axis("off")
+    for panel, choice in zip(axes.flat, panels, strict=False):
+        draw_maze(panel, maze)
+        for number in range(len(names)):
+            some = choice.rows[choice.reason == number]
+            if len(some):
+                broken = np.pad(some, ((0, 0), (0, 1), (0, 0)), constant_values=np.nan).reshape(-1, 2)
+                panel.plot(*broken.T, color=f"C{number}", linewidth=0.6, alpha=0.5, zorder=1)
+        panel.plot(*choice.rows[choice.reason == -1][0].T, color=INK, linewidth=1.6)
+        panel.plot(*choice.walked.T, color=ACCENT, linewidth=1.4, linestyle="--")
+        panel.plot(*choice.walked[0], "o", color=INK, markersize=4)
+        if choice.goal is not None:
+            panel.plot(*choice.goal, "*", color=GOAL, markersize=11)
+    lines_of = [Line2D([], [], color=f"C{number}", label=f"rejected for {name}") for number, name in enumerate(names)]
+    chosen = [Line2D([], [], color=INK, label="chosen"), Line2D([], [], color=ACCENT, linestyle="--", label="executed")]
+    figure.legend(handles=[*chosen, *lines_of], loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.subplots_adjust(wspace=0.06, hspace=0.06, bottom=0.5 / (2.9 * lines + 0.4))
     return figure
 
 

@@ -46,6 +46,7 @@ class Planner:
         temperature: of the last plans, where the proposer has one.
         rejected: number of candidates that were not chosen, by the part of the evidence that spoke most against them.
         feasible: share of feasible candidates of each plan, where something says which are.
+        first: the first plans, with all of their candidates: those of the first episodes of all environments.
         deviation: sum of the distances between planned and actual positions, and number of steps.
     """
 
@@ -86,7 +87,13 @@ class Planner:
         self.effective, self.log_evidence, self.feasible = list[float](), list[float](), list[float]()
         self.temperature: float | None = None
         self.rejected = Counter[str]()
+        self.first: Plan | None = None
         self.deviation = (0.0, 0)
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """The columns of a plan's rows that say where it is."""
+        return self.pursuit.position if self._execute == "pursue" else self.tracker.position
 
     def reset(self, done: np.ndarray | None = None) -> None:
         if done is None or not self._courses:
@@ -128,6 +135,7 @@ class Planner:
 
     def _note(self, plans: Plan) -> None:
         """What the weights of plans say about how they were steered and chosen."""
+        self.first = self.first or plans
         self.temperature = plans.temperature
         if plans.log_weight.shape[1] > 1:
             self.effective += effective_sample_size(plans.log_weight).tolist()

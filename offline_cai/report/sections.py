@@ -47,12 +47,17 @@ def _plans(run: Run) -> str:
     return "".join([*parts, shown])
 
 
+_PATHS = {
+    "choices.png": "Candidates of the first plans, in the colour of the evidence that spoke most against each; the "
+    "chosen plan, and what was executed.",
+    "paths.png": "Paths executed in the simulator; dots are starts, the star is the goal.",
+}
+
+
 def _paths(run: Run) -> str:
-    path = run.folder / "evaluation" / "paths.png"
-    if not path.is_file():
-        return ""
-    caption = "Paths executed in the simulator; dots are starts, the star is the goal."
-    return page.heading(3, "Executed paths") + page.wide(page.picture(path.read_bytes(), caption))
+    found = {run.folder / "evaluation" / name: caption for name, caption in _PATHS.items()}
+    pictures = [page.wide(page.picture(p.read_bytes(), caption)) for p, caption in found.items() if p.is_file()]
+    return page.heading(3, "Executed paths") + "".join(pictures) if pictures else ""
 
 
 class _Kept(NamedTuple):

@@ -1,4 +1,4 @@
-"""Which of several plans is chosen and why, what becomes of the plan under way, and goals that cannot be planned for."""
+"""Which of several plans is chosen and why, what becomes of the plan under way, and goals that no plan can reach."""
 
 import dataclasses
 
