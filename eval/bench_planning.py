@@ -1,10 +1,10 @@
 """Plans and training of the maze planner next to the original Diffuser's: `make bench-planning`.
 
-The other side is the recipe of Janner et al. 2022 at its own sizes (configs/diffuser-original-pointmaze-umaze.yaml), its
-networks and samplers being this package's. Both sides in one run, one thread, CPU time:
+The other side is the recipe of Janner et al. 2022 at its own sizes (configs/diffuser-original-pointmaze-umaze.yaml),
+with networks and samplers of this package. Both sides in one run, one thread, CPU time:
 
-- a plan on the U-maze for 1, 20 and 64 states at once, medians of rounds in which all take turns; one of two legs on the
-  large maze; a guided plan of hopper (guided_latency.py);
+- a plan on the U-maze for 1, 20 and 64 states at once, medians of rounds in which all take turns; one of two legs on
+  the large maze; a guided plan of hopper (guided_latency.py);
 - minutes of training to a score of 100. Both are trained piece by piece and evaluated after each, the original until it
   scores 100 or `--minutes` are used up; it is given our tracker as well as its own, and the better one counts. What is
   trained is kept in `--runs`, and the same command goes on from there.
