@@ -44,11 +44,12 @@ EARLY, STARTS = 20, 50  # episodes of the evaluations while training, and of the
 SEED = 4000  # of starts that nothing was tuned on
 
 
-def trained(name: str, run: Path, steps: int | None = None) -> float:
+def trained(name: str, run: Path, steps: int | None = None, seed: int = 0) -> float:
     """Train a config up to some steps, or to its end; the CPU minutes that it has taken in all."""
-    kept = run.with_suffix(".cpu.json")
+    kept = run.with_name(f"{run.name}.cpu.json")
     minutes = json.loads(kept.read_text()) if kept.is_file() else 0.0
-    exp = experiment.load(name, {} if steps is None else {"training.steps": str(steps)})
+    flags = {"seed": str(seed)} | ({} if steps is None else {"training.steps": str(steps)})
+    exp = experiment.load(name, flags)
     recipe = collect.recipe_of(exp.data)
     if recipe is not None and not collect.collected(recipe):
         collect.collect(recipe, quiet=True)
@@ -83,7 +84,7 @@ def references(run: Path, episodes: int) -> dict[str, evaluation.Result]:
 def to_hundred(name: str, run: Path, most: float, trackers: Mapping[str, str]) -> dict[str, Any]:
     """Train piece by piece until a tracker scores 100, or for so many CPU minutes; with the scores on the way."""
     curve: list[dict[str, Any]] = []
-    kept = run.with_suffix(".curve.json")
+    kept = run.with_name(f"{run.name}.curve.json")
     if kept.is_file():
         curve = json.loads(kept.read_text())
     while not curve or (max(curve[-1]["scores"].values()) < 100 and curve[-1]["minutes"] < most):

@@ -12,12 +12,15 @@ from typing import ClassVar
 import numpy as np
 import torch
 from scipy.ndimage import binary_closing, distance_transform_edt, label
+from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
 from offline_cai import seeding
 from offline_cai.core import Chunks
 from offline_cai.data.codec import Codec
 from offline_cai.diffusion.constraints import Constraint
+from offline_cai.diffusion.sampler import Denoise
+from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
 
 
@@ -181,3 +184,62 @@ class Quick:
 
     def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
         return -self.nats * self.codec.steps(x).mean(-1)
+
+
+class Nearest:
+    """A plan pays `nats` times the share of its points that are further than usual from the nearest state of the data.
+
+    The measured alternative to `Supported`: it looks at any columns, needs no grid, and keeps the states themselves.
+    What is usual is the largest distance but for one in a thousand, between states of every tenth episode and those of
+    the others.
+
+    Args:
+        columns: of the selected observation.
+        states: [M, c], those columns of the data, episode after episode.
+        episode: [M], the number of the episode of each.
+        every: keep every so many states; the tenth is enough.
+    """
+
+    noisy = False
+    quadratic = False
+
+    def __init__(
+        self, columns: tuple[int, ...], states: np.ndarray, episode: np.ndarray, nats: float, every: int = 10
+    ) -> None:
+        held = episode % 10 == 0
+        self.columns, self.nats = columns, nats
+        self.usual = float(np.quantile(cKDTree(states[~held][::every]).query(states[held][::every])[0], 0.999))
+        self._tree = cKDTree(states[::every])
+
+    def away(self, x: Tensor) -> Tensor:
+        """Distances [N, 2R - 1] of the points of rows [N, R, O'], and of those half-way between, in raw units."""
+        points = dense(x[..., list(self.columns)], 2)
+        return torch.from_numpy(self._tree.query(points.cpu().numpy())[0]).to(x)
+
+    def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
+        return -self.nats * (self.away(x) > self.usual).double().mean(-1).to(x)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A plan pays `nats` for each unit of squared change, on average over its numbers, that denoising it makes.
+
+    Rows [N, R, D] of the model's own space are noised to a level and denoised once. It is the weaker alternative to
+    `Supported`: a denoiser that smooths the data's corners likes short cuts.
+    """
+
+    denoise: Denoise
+    schedule: Schedule
+    level: int
+    nats: float
+    noisy: ClassVar[bool] = False
+    quadratic: ClassVar[bool] = False
+
+    def change(self, x: Tensor) -> Tensor:
+        """Mean squared change [N] of rows [N, R, D]."""
+        k = torch.full((len(x),), self.level, device=x.device)
+        noise = seeding.normal(seeding.keys(0, 0, torch.arange(len(x))), tuple(x.shape[1:]), dtype=x.dtype).to(x.device)
+        return (self.denoise(self.schedule.add_noise(x, noise, k), k) - x).square().mean((1, 2))
+
+    def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
+        return -self.nats * self.change(x)

@@ -9,8 +9,9 @@ import torch
 
 from offline_cai import seeding
 from offline_cai.core import Chunk
+from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
-from offline_cai.planning.support import Short, Support, SupportConfig, Supported
+from offline_cai.planning.support import Denoised, Nearest, Short, Support, SupportConfig, Supported
 
 ANGLE = np.linspace(0, 2 * np.pi, 4000)
 RING = np.stack([np.cos(ANGLE), np.sin(ANGLE)], axis=1).astype(np.float32)
@@ -68,3 +69,29 @@ def test_a_grid_that_is_too_small_says_how_large_a_cell_would_do() -> None:
         small.fit(chunks, [0, 1])
     with pytest.raises(UserError, match="has to be positive"):
         SupportConfig(cell=0.0)
+
+
+def test_the_nearest_states_of_the_data_tell_ring_from_chord() -> None:
+    episode = np.arange(4000) % 40
+    nearest = Nearest((0, 1), RING, episode, nats=10.0)
+    assert 0 < nearest.usual < 0.05, "states held out lie between those that are kept"
+    half = torch.tensor(RING[:2001:50])[None]
+    chord = torch.stack([torch.linspace(1, -1, 41), torch.zeros(41)], -1)[None]
+    assert (nearest.away(half) <= 0.02).all() and nearest.away(chord).max() == pytest.approx(1, abs=0.01)
+    both = nearest(torch.cat([half, chord]), torch.zeros(2), 1.0)
+    assert both[0] == 0 and both[1] < -8
+
+
+def test_denoising_changes_what_the_model_finds_unlikely() -> None:
+    """Rows ~ N(0, I): of any rows the change that the exact denoiser makes is known."""
+    schedule = Schedule(16)
+
+    def denoise(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return schedule.abar_at(k).sqrt() * x
+
+    x = torch.stack([torch.zeros(400, 3), torch.full((400, 3), 4.0)])
+    found = Denoised(denoise, schedule, level=4, nats=2.0)
+    b = 1 - float(schedule.abar[4])
+    expected = torch.tensor([(1 - b) * b, (1 - b) * b + 16 * b**2])
+    assert torch.allclose(found.change(x), expected, rtol=0.1)
+    assert torch.allclose(found(x, torch.zeros(2), 1.0), -2 * found.change(x))
