@@ -78,19 +78,17 @@ class Pursuit:
     """Columns of the planned state that hold positions."""
     velocity: tuple[int, ...] = (2, 3)
     """Columns of the planned state that hold velocities, in the same order."""
-    lookahead: float = 0.7
+    lookahead: float = 1.1
     """Metres along the path."""
     kp: float = 10.0
     """Action per metre to the point ahead."""
     kd: float = 1.0
     """Action per metre per second."""
-    kd_end: float = 2.0
-    """The same where the path's end is less than the lookahead away."""
 
     def __post_init__(self) -> None:
         if len(self.position) != len(self.velocity):
             raise UserError("the pursuit needs one velocity column for each position column.")
-        if not self.lookahead > 0 or not np.isfinite([self.kp, self.kd, self.kd_end]).all():
+        if not self.lookahead > 0 or not np.isfinite([self.kp, self.kd]).all():
             raise UserError(f"the pursuit's lookahead is {self.lookahead}; it has to be positive, and gains finite.")
 
     @property
@@ -121,7 +119,5 @@ class Pursuit:
 
     def action(self, path: np.ndarray, at: int, state: np.ndarray) -> np.ndarray:
         """The unclipped action [d] at a state [O'] whose nearest point is number `at`."""
-        ahead = at + round(1 / GRAIN)
-        damping = self.kd if ahead < len(path) - 1 else self.kd_end
-        pull = self.kp * (path[min(ahead, len(path) - 1)] - state[list(self.position)])
-        return pull - damping * state[list(self.velocity)]
+        ahead = path[min(at + round(1 / GRAIN), len(path) - 1)]
+        return self.kp * (ahead - state[list(self.position)]) - self.kd * state[list(self.velocity)]

@@ -33,7 +33,7 @@ def test_actions_are_proportional_and_derivative() -> None:
 
 def test_pursuit_goes_round_a_corner_without_a_timetable() -> None:
     """A unit mass, from rest, along an L that its plan walks slowly: it arrives sooner, and stays near the path."""
-    pursuit = Pursuit(lookahead=0.5, kp=10.0, kd=6.0, kd_end=6.0)
+    pursuit = Pursuit(lookahead=0.5, kp=10.0, kd=6.0)
     rows = np.array([[0.0, 0, 0, 0], [2, 0, 0, 0], [2, 2, 0, 0]])
     path, state, at, seen = pursuit.path(rows), np.zeros(4), 0, []
     assert np.allclose(np.linalg.norm(np.diff(path[:-1], axis=0), axis=1), 0.5 / 32, atol=2e-3) and len(path) > 250
