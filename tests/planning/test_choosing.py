@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_sampling import FREE, GOAL, ROWS, SCHEDULE, WIDTH, denoise, model, nothing
 from torch import Tensor
 
 from offline_cai.core import Chunk, Known, Plan
@@ -14,6 +13,7 @@ from offline_cai.errors import Notice, UserError
 from offline_cai.planning.config import EvidenceConfig, PlannerConfig
 from offline_cai.planning.sampling import draw
 from offline_cai.planning.support import Support, SupportConfig, dense
+from tests.planning.conftest import FREE, GOAL, ROWS, SCHEDULE, WIDTH, denoise, model, nothing
 
 CHOOSE = PlannerConfig(steps=4, candidates=8, evidence=GOAL)
 CIRCLE = Outside(columns=(0, 1), centre=(0.0, 0.0), radius=1.0, width=0.1)
@@ -37,13 +37,13 @@ def test_the_heaviest_feasible_plan_is_chosen_and_the_others_have_a_reason() -> 
 
 def test_candidates_tell_the_parts_of_their_evidence() -> None:
     evidence = dataclasses.replace(GOAL, outside=(CIRCLE,), length=2.0)
-    c = dataclasses.replace(CHOOSE, evidence=evidence)
+    c = dataclasses.replace(CHOOSE, evidence=evidence, candidates=32)
     drawn = draw(model(), *nothing(50), c)
     assert drawn.nats is not None and list(drawn.nats) == ["goals", "constraints", "length"]
     total = torch.stack(list(drawn.nats.values())).sum(0)
     assert torch.allclose(drawn.log_weight, total.log_softmax(1))
     rows = dense(2 * drawn.x.flatten(0, 1))  # raw units are twice as large
-    clear = (rows.norm(dim=-1) >= 1 - 1e-4).all(1).view(50, 8)
+    clear = (rows.norm(dim=-1) >= 1 - 1e-4).all(1).view(50, 32)
     assert drawn.feasible is not None and torch.equal(drawn.feasible, clear) and 0 < clear.float().mean() < 1
 
 
