@@ -154,8 +154,9 @@ def obstacle(runs: Path, episodes: int, seeds: int) -> dict[str, Any]:
     return found
 
 
-START, GOAL, WAY = (5, 1), (4, 4), (6, 2)
-"""Cells of the medium maze: two ways of as many cells lead from the one to the other; the reward is for the third."""
+START, GOAL, WAY = ((5, 1), (4, 1)), (4, 4), (6, 2)
+"""Cells of the medium maze: from between the first two, ways of as many cells lead round a block to the next; the
+reward is for the one through the last."""
 
 
 def routes(runs: Path, episodes: int, seeds: int) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def routes(runs: Path, episodes: int, seeds: int) -> dict[str, Any]:
     env.close()
     obs = np.zeros((1, spec.obs_width), np.float32)
     for field in ("achieved_goal", "observation"):
-        obs[:, spec.columns(field)[:2]] = maze.position(START)
+        obs[:, spec.columns(field)[:2]] = np.mean([maze.position(cell) for cell in START], axis=0)
     obs[:, spec.columns("desired_goal")] = maze.position(GOAL)
     target = [float(v) for v in maze.position(WAY)]
     reward = {"planner.evidence.goals": f"[{{target: {target}, columns: [0, 1], width: 0.5, row: null}}]"}
@@ -206,13 +207,15 @@ def evidence(runs: Path, episodes: int, seeds: int) -> dict[str, Any]:
         maze, first = Maze.of(env), [env.reset(seed=SEED + i)[0] for i in range(40)]
         env.close()
         obs = np.stack([np.concatenate([o[field.name] for field in diffuser.spec.obs]) for o in first])
+        diffuser.requires_grad_(False)
         plans = diffuser.plan(obs, seeding.keys(4, 0, torch.arange(len(obs))))
         rows = plans.obs.flatten(0, 1)
         crosses = np.array([maze.blocked(path).any() for path in dense(rows[..., :2]).numpy()])
         states = np.asarray(store.obs[:, store.spec.columns("achieved_goal")])
         episode = np.repeat(np.arange(store.num_episodes), store.lengths + 1)
-        level, x = torch.zeros(len(rows), dtype=torch.int64), diffuser._encode(plans._replace(obs=rows[:, None]))
-        assert plans.nats is not None
+        assert plans.nats is not None and plans.steps is not None
+        level = torch.zeros(len(rows), dtype=torch.int64)
+        x = diffuser.encode(plans._replace(obs=rows[:, None], steps=plans.steps.flatten()[:, None]))
         nearest = [Nearest((0, 1), states, episode, 1.0, every) for every in (1, 10)]
         alternatives = {
             "occupancy": plans.nats["support"].flatten(),

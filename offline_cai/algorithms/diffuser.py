@@ -430,11 +430,11 @@ class Diffuser(Algorithm):
         if temperature is None:
             temperature = self.temperature(obs, key, given)
         known, key = self.known(obs, given), key.to(self.schedule.abar.device)
-        rest = None if under_way is None else self._encode(under_way)
+        rest = None if under_way is None else self.encode(under_way)
         drawn = draw(self.model, known, key, self.config.planner, temperature, rest)
         return self._decode(drawn)._replace(temperature=temperature)
 
-    def _encode(self, plan: Plan) -> Tensor:
+    def encode(self, plan: Plan) -> Tensor:
         """Rows [N, R, D] of the first plan of each state, as far as it tells them."""
         rows = plan.obs[:, 0].to(self.schedule.abar)
         x = rows.new_zeros(*rows.shape[:2], self.codec.width)

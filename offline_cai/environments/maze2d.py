@@ -54,22 +54,23 @@ class Maze:
 class Maze2DProtocol(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Fixed exact goal; start in any free cell +-0.1 with velocity noise 0.1; reward 1 within `radius`; no early end.
 
-    Put it around a point maze made with `continuing_task=True` and the protocol's number of steps. The differences that
+    Without a `goal` each episode has one of its own: the centre of any free cell but that of the start. Put it around a point maze made with `continuing_task=True` and the protocol's number of steps. The differences that
     it removes: the environment's own noise on goal and start (+-0.25), its start at rest, its radius of 0.45.
     """
 
-    def __init__(self, env: gym.Env, goal: tuple[int, int], radius: float = 0.5) -> None:
-        gym.utils.RecordConstructorArgs.__init__(self, goal=tuple(goal), radius=radius)
+    def __init__(self, env: gym.Env, goal: tuple[int, int] | None = None, radius: float = 0.5) -> None:
+        goal = None if goal is None else (int(goal[0]), int(goal[1]))
+        gym.utils.RecordConstructorArgs.__init__(self, goal=goal, radius=radius)
         super().__init__(env)
-        self.goal_cell, self.radius = (int(goal[0]), int(goal[1])), float(radius)
+        self.goal_cell, self.radius = goal, float(radius)
         self.maze = Maze.of(env)
-        if self.goal_cell not in self.maze.free:
+        if self.goal_cell is not None and self.goal_cell not in self.maze.free:
             raise UserError(f"the goal {self.goal_cell} is no free cell of the maze; those are {self.maze.free}.")
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         base: Any = self.env.unwrapped
         base.position_noise_range = 0.0
-        _, info = self.env.reset(seed=seed, options={"goal_cell": np.array(self.goal_cell)})
+        _, info = self.env.reset(seed=seed, options={"goal_cell": np.array(self.goal_cell or self.maze.free[0])})
         cell = self.maze.free[base.np_random.integers(len(self.maze.free))]
         position = self.maze.position(cell) + base.np_random.uniform(-0.1, 0.1, size=2)
         velocity = base.np_random.normal(size=2) * 0.1

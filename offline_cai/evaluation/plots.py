@@ -99,7 +99,8 @@ class Choice(NamedTuple):
 def choices(maze: Maze, names: Sequence[str], panels: Sequence[Choice], columns: int = 3) -> Figure:
     """One maze for each plan: its candidates in the colour of what spoke against them, the chosen one and its path."""
     lines, columns = -(-len(panels) // columns), min(len(panels), columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(2.9 * columns, 2.9 * lines + 0.4), squeeze=False)
+    height = 2.9 * maze.walls.shape[0] / maze.walls.shape[1] * lines + 0.5
+    figure, axes = pyplot.subplots(lines, columns, figsize=(2.9 * columns, height), squeeze=False)
     for panel in axes.flat[len(panels) :]:
         panel.axis("off")
     for panel, choice in zip(axes.flat, panels, strict=False):
@@ -117,7 +118,7 @@ def choices(maze: Maze, names: Sequence[str], panels: Sequence[Choice], columns:
     lines_of = [Line2D([], [], color=f"C{number}", label=f"rejected for {name}") for number, name in enumerate(names)]
     chosen = [Line2D([], [], color=INK, label="chosen"), Line2D([], [], color=ACCENT, linestyle="--", label="executed")]
     figure.legend(handles=[*chosen, *lines_of], loc="lower center", ncols=4, fontsize=8, frameon=False)
-    figure.subplots_adjust(wspace=0.06, hspace=0.06, bottom=0.5 / (2.9 * lines + 0.4))
+    figure.subplots_adjust(wspace=0.06, hspace=0.06, bottom=0.5 / height)
     return figure
 
 
