@@ -130,14 +130,20 @@ def table(name: str, runs: Path, episodes: int, seeds: range, goals: bool = Fals
     return found
 
 
-OBSTACLE = {"centre": [0.0, 0.75], "radius": 0.3}
+OBSTACLE = {"centre": [0.5, 0.75], "radius": 0.3}
 """In the upper corridor of the U-maze, which is 1 m wide: it leaves way on one side."""
 
 
 def obstacle(runs: Path, episodes: int, seeds: int) -> dict[str, Any]:
     circle = f"[{{columns: [0, 1], centre: {OBSTACLE['centre']}, radius: {OBSTACLE['radius']}, width: 0.02}}]"
-    more = {"planner.evidence.outside": circle, "planner.candidates": "64", "planner.detours": "64"}
-    diffusers = {"without the evidence": opened("umaze", runs), "with it": opened("umaze", runs, flags=more)}
+    many = {"planner.candidates": "64", "planner.detours": "64"}
+    with_it, near = {**many, "planner.evidence.outside": circle}, {"planner.pursuit.lookahead": "0.4"}
+    diffusers = {
+        "without the evidence": opened("umaze", runs, flags=many),
+        "with it": opened("umaze", runs, flags=with_it),
+        "without it, pursued 0.4 m ahead": opened("umaze", runs, flags={**many, **near}),
+        "with it, pursued 0.4 m ahead": opened("umaze", runs, flags={**with_it, **near}),
+    }
     protocol = protocol_of("umaze", episodes)
     results, planners = evaluated(protocol, diffusers, "offline-cai/pointmaze/umaze-v0", beside=False)
     spec, found = next(iter(diffusers.values())).spec, {}
@@ -150,7 +156,7 @@ def obstacle(runs: Path, episodes: int, seeds: int) -> dict[str, Any]:
         found[label] = {"score": s.mean, "se": s.se, "entered": entered, "nearest_m": min(nearest)}
         found[label] |= told(planners[label])
         share = found[label]["feasible_candidates"]
-        print(f"  {label:<22} score {s.mean:.1f} ± {s.se:.1f}, entered {entered}, feasible candidates {share:.2f}")
+        print(f"  {label:<38} score {s.mean:.1f} ± {s.se:.1f}, entered {entered}, feasible candidates {share:.2f}")
     return found
 
 

@@ -54,8 +54,9 @@ class Maze:
 class Maze2DProtocol(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Fixed exact goal; start in any free cell +-0.1 with velocity noise 0.1; reward 1 within `radius`; no early end.
 
-    Without a `goal` each episode has one of its own: the centre of any free cell but that of the start. Put it around a point maze made with `continuing_task=True` and the protocol's number of steps. The differences that
-    it removes: the environment's own noise on goal and start (+-0.25), its start at rest, its radius of 0.45.
+    Without a `goal` each episode has one of its own: the centre of any free cell but that of the start. Put it around a
+    point maze made with `continuing_task=True` and the protocol's number of steps. The differences that it removes: the
+    environment's own noise on goal and start (+-0.25), its start at rest, its radius of 0.45.
     """
 
     def __init__(self, env: gym.Env, goal: tuple[int, int] | None = None, radius: float = 0.5) -> None:
