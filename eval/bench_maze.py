@@ -137,12 +137,12 @@ OBSTACLE = {"centre": [0.5, 0.75], "radius": 0.3}
 def obstacle(runs: Path, episodes: int, seeds: int) -> dict[str, Any]:
     circle = f"[{{columns: [0, 1], centre: {OBSTACLE['centre']}, radius: {OBSTACLE['radius']}, width: 0.02}}]"
     many = {"planner.candidates": "64", "planner.detours": "64"}
-    with_it, near = {**many, "planner.evidence.outside": circle}, {"planner.pursuit.lookahead": "0.4"}
+    with_it, near = {**many, "planner.evidence.outside": circle}, {"planner.pursuit.lookahead": "0.3"}
     diffusers = {
         "without the evidence": opened("umaze", runs, flags=many),
         "with it": opened("umaze", runs, flags=with_it),
-        "without it, pursued 0.4 m ahead": opened("umaze", runs, flags={**many, **near}),
-        "with it, pursued 0.4 m ahead": opened("umaze", runs, flags={**with_it, **near}),
+        "without it, pursued 0.3 m ahead": opened("umaze", runs, flags={**many, **near}),
+        "with it, pursued 0.3 m ahead": opened("umaze", runs, flags={**with_it, **near}),
     }
     protocol = protocol_of("umaze", episodes)
     results, planners = evaluated(protocol, diffusers, "offline-cai/pointmaze/umaze-v0", beside=False)
