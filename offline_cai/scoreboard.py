@@ -330,7 +330,7 @@ def _reference(task: Task, label: str, quiet: bool) -> dict[str, Any]:
     env = protocol.make()
     spec = env_spec(env)
     env.close()
-    policies = evaluation_commands.reference_policies(protocol, task.dataset, PlannerConfig(), 1)
+    policies = evaluation_commands.reference_policies(protocol, task.dataset, PlannerConfig(execute="pursue"), 1)
     result = evaluation.evaluate(protocol, policies, spec, quiet)[label]
     minutes = {"train": 0.0, "evaluate": (time.process_time() - began) / 60}
     return {**_result(config.to_dict(protocol), result.to_json(), minutes), "dataset": task.dataset}

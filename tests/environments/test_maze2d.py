@@ -50,6 +50,19 @@ def test_the_same_seed_starts_alike(env: gym.Env) -> None:
     assert np.array_equal(env.reset(seed=5)[0]["observation"], env.reset(seed=5)[0]["observation"])
 
 
+def test_without_a_goal_each_episode_has_one_of_its_own(env: gym.Env) -> None:
+    free, goals = protocol("maze2d-umaze-goals").make(), set()
+    maze = Maze.of(free)
+    for seed in range(60):
+        fixed, own = env.reset(seed=seed)[0], free.reset(seed=seed)[0]
+        assert np.array_equal(fixed["observation"], own["observation"]), "the same starts"
+        goal = maze.cell(own["desired_goal"])
+        assert np.allclose(own["desired_goal"], maze.position(goal)) and goal != maze.cell(own["achieved_goal"])
+        goals.add(goal)
+    assert goals == set(maze.free)
+    free.close()
+
+
 def test_reward_is_one_within_half_a_metre_and_the_episode_goes_on(env: gym.Env) -> None:
     env.reset(seed=0)
     base = env.unwrapped.point_env
