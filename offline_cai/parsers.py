@@ -15,7 +15,7 @@ Offline reinforcement learning and trajectory-diffusion planning as probabilisti
 The main job, step by step; each command works on the output of the one before:
 
   offline-cai collect pointmaze-umaze             a Minari dataset from a simulator
-  offline-cai train diffuser-pointmaze-umaze      a run's folder, runs/NAME/DATE-TIME
+  offline-cai train planner-pointmaze-umaze      a run's folder, runs/NAME/DATE-TIME
   offline-cai plan RUN                            plans for new starts and goals, and a picture
   offline-cai evaluate RUN                        scores in the simulator, beside references
   offline-cai report RUN                          one HTML page about the run
@@ -220,7 +220,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         """,
         "--training.steps 1000",
     )
-    demo.add_argument("config", metavar="CONFIG", nargs="?", default="diffuser-pointmaze-umaze")
+    demo.add_argument("config", metavar="CONFIG", nargs="?", default="planner-pointmaze-umaze")
     demo.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME/DATE-TIME)")
     return parser, dict(commands.choices)
 

@@ -13,7 +13,7 @@ from offline_cai import cli
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
 SHORT = {
-    "diffuser-pointmaze-umaze": "debug-diffuser",
+    "planner-pointmaze-umaze": "debug-planner",
     "bc-pointmaze-umaze": "debug-bc",
     "offline-cai/pointmaze/umaze-v0": "offline-cai/pointmaze/debug-v0",
     "pointmaze-umaze": "debug-umaze",
