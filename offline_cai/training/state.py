@@ -3,6 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from offline_cai.errors import UserError
 from offline_cai.export import assign
 from offline_cai.training.experiment import TrainingConfig
 from offline_cai.training.processes import together
+from offline_cai.training.vectors import Vector
 
 MOST_SKIPPED = 100
 """Updates in a row that `on_divergence: skip` leaves out before it gives up."""
@@ -45,15 +49,17 @@ class TrainingState:
             broadcast(list(algorithm.state_dict().values()))
         self.module = torch.compile(algorithm) if training.compile else algorithm
         self.optimisers: dict[str, Any] = {}
-        self.parameters: dict[str, list[Tensor]] = {}
+        self.vectors: dict[str, Vector] = {}
         named = dict(algorithm.named_parameters())
         for phase, prefixes in algorithm.needs.groups.items():
-            self.parameters[phase] = [p for name, p in named.items() if name.startswith(prefixes) and p.requires_grad]
+            group = [p for name, p in named.items() if name.startswith(prefixes) and p.requires_grad]
+            vector = self.vectors[phase] = Vector(group)
             optimiser = torch.optim.AdamW(
-                self.parameters[phase], lr=training.rate(phase), weight_decay=training.weight_decay, fused=True
+                [vector.values], lr=training.rate(phase), weight_decay=training.weight_decay, fused=True
             )
             self.optimisers[phase] = optimiser if accelerator.scaler is None else accelerator.prepare(optimiser)
-        self.ema = [p.detach().clone() for p in named.values()] if training.ema else []
+        self.autocast = nullcontext if accelerator.mixed_precision == "no" else accelerator.autocast
+        self._averaged, self._averages, self.ema = self._to_average() if training.ema else ([], [], [])
         self.slowdown, self.skipped, self.skipped_in_a_row = 1.0, 0, 0
         self.stop, self.stopping = 0, False
         for field in ("clip", "learning_rate"):
@@ -64,15 +70,27 @@ class TrainingState:
                 )
         self.first_call: dict[str, float] = {}
 
+    def _to_average(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """What is averaged, in as few tensors as can be; the averages; and these again, for each parameter."""
+        parameters: list[Tensor] = list(self.algorithm.parameters())
+        vectors = list(self.vectors.values())
+        grouped = {id(p) for vector in vectors for p in vector.parameters}
+        others = [p for p in parameters if id(p) not in grouped]
+        averaged = [*(vector.values for vector in vectors), *others]
+        averages = [x.detach().clone() for x in averaged]
+        of = {id(p): average for p, average in zip(others, averages[len(vectors) :], strict=True)}
+        for vector, average in zip(vectors, averages, strict=False):
+            of |= {id(p): part for p, part in zip(vector.parameters, vector.parts(average), strict=True)}
+        return averaged, averages, [of[id(p)] for p in parameters]
+
     def __call__(self, batch: Batch, phase: str = "all") -> dict[str, float]:
         """One step on the parameters of a phase; the means of the loss's terms and metrics, and the gradient's norm.
 
         Raises:
             Diverged: a term or the gradient is not finite, or exploded, and such steps are not to be skipped.
         """
-        began, optimiser, parameters = time.perf_counter(), self.optimisers[phase], self.parameters[phase]
-        for p in parameters:
-            p.grad = None
+        began, optimiser = time.perf_counter(), self.optimisers[phase]
+        self.vectors[phase].gradient.zero_()
         names, sums = self._backward(batch, phase)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(optimiser)
@@ -105,14 +123,13 @@ class TrainingState:
         """
         unit, sums = None, None
         for part in batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]:
-            with self.accelerator.autocast():
+            with self.autocast():
                 loss = self.module(part, phase)
             unit = max(loss.entries, 1) if unit is None else unit  # a part may have none
-            mean, scaler = sum(loss.terms.values()) / unit, self.accelerator.scaler
-            (mean if scaler is None else scaler.scale(mean)).backward(inputs=self.parameters[phase])
+            mean, scaler = reduce(add, loss.terms.values()) / unit, self.accelerator.scaler
+            (mean if scaler is None else scaler.scale(mean)).backward(inputs=self.vectors[phase].parameters)
             found = [*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)]
-            like = self.parameters[phase][0]
-            part_sums = torch.stack([x.detach().to(like.device, like.dtype) for x in found])
+            part_sums = torch.stack([x.detach().to(self.vectors[phase].gradient) for x in found])
             sums = part_sums if sums is None else sums + part_sums
         assert sums is not None and unit is not None
         if self.accelerator.num_processes > 1 or self.config.accumulate > 1:
@@ -123,15 +140,10 @@ class TrainingState:
 
     def _add_up(self, phase: str, unit: Tensor | int, sums: Tensor) -> Tensor:
         """The sums over all processes; the gradients become those of the global mean."""
-        with_gradient = [p for p in self.parameters[phase] if p.grad is not None]
-        size = sum(p.numel() for p in with_gradient)
-        flat = torch.cat([*(p.grad.flatten() for p in with_gradient), sums, sums.new_tensor([self.stop])])  # type: ignore[union-attr]
-        flat[:size] *= unit
-        total = self.sum(flat)
-        sums, stop = total[size:-1], total[-1]
-        total[:size] /= sums[-1]
-        for p, gradient in zip(with_gradient, total[:size].split([p.numel() for p in with_gradient]), strict=True):
-            p.grad = gradient.view_as(p)
+        gradient = self.vectors[phase].gradient
+        total = self.sum(torch.cat([gradient * unit, sums, sums.new_tensor([self.stop])]))
+        summed, sums, stop = total[: len(gradient)], total[len(gradient) : -1], total[-1]
+        torch.div(summed, sums[-1], out=gradient)
         self.stopping |= bool(stop > 0)
         return sums
 
@@ -146,12 +158,11 @@ class TrainingState:
 
     def _clip(self, phase: str) -> Tensor:
         """Scales the phase's gradients to the largest norm allowed, if any, and gives the norm that they had."""
-        gradients = [p.grad for p in self.parameters[phase] if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        clip = self.config.clip
+        gradient, clip = self.vectors[phase].gradient, self.config.clip
+        norm = torch.linalg.vector_norm(gradient)
         most = clip.get(phase) if isinstance(clip, Mapping) else clip
         if most is not None:
-            torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+            gradient.mul_((most / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     @torch.no_grad()
@@ -162,19 +173,19 @@ class TrainingState:
         longer than it does, for small networks. The first step makes the moments.
         """
         group = optimiser.param_groups[0]
-        held = [(p, p.grad, optimiser.state.get(p)) for p in group["params"] if p.grad is not None]
-        if self.accelerator.device.type != "cpu" or not all(state for _, _, state in held):
+        (values,) = group["params"]
+        if self.accelerator.device.type != "cpu" or values not in optimiser.state:
             optimiser.step()
             return
-        steps = [state["step"] for _, _, state in held]
-        torch._foreach_add_(steps, 1)
+        state = optimiser.state[values]
+        state["step"] += 1
         torch._fused_adamw_(
-            [p for p, _, _ in held],
-            [gradient for _, gradient, _ in held],
-            [state["exp_avg"] for _, _, state in held],
-            [state["exp_avg_sq"] for _, _, state in held],
+            [values],
+            [values.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
             [],
-            steps,
+            [state["step"]],
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -214,9 +225,10 @@ class TrainingState:
             for group in self.optimisers[phase].param_groups:
                 group["lr"] = rate
 
+    @torch.no_grad()
     def average(self) -> None:
         if self.ema:
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.algorithm.parameters()], 1 - self.config.ema)
+            torch._foreach_lerp_(self._averages, self._averaged, 1 - self.config.ema)
 
     def weights_to_act_with(self) -> dict[str, Tensor]:
         """The algorithm's state with averaged parameters."""
@@ -242,8 +254,10 @@ class TrainingState:
         out = {f"model/{name}": tensor for name, tensor in self.algorithm.state_dict().items()}
         out |= {f"ema/{i:05d}": tensor for i, tensor in enumerate(self.ema)}
         for phase, optimiser in self.optimisers.items():
-            for i, moments in optimiser.state_dict()["state"].items():
-                out |= {f"optimiser/{phase}/{i:05d}/{name}": torch.as_tensor(value) for name, value in moments.items()}
+            vector = self.vectors[phase]
+            for name, moment in optimiser.state_dict()["state"].get(0, {}).items():
+                parts = vector.parts(moment) if moment.ndim else [moment.clone() for _ in vector.parameters]
+                out |= {f"optimiser/{phase}/{i:05d}/{name}": part for i, part in enumerate(parts)}
         return out
 
     def facts(self) -> dict[str, Any]:
@@ -267,11 +281,13 @@ class TrainingState:
         for name, average in _below(own, "ema/").items():
             average.copy_(tensors[f"ema/{name}"])
         for phase, optimiser in self.optimisers.items():
-            moments: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _below(tensors, f"optimiser/{phase}/").items():
-                index, key = name.split("/")
-                moments.setdefault(int(index), {})[key] = tensor
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+            vector, parts = self.vectors[phase], _below(tensors, f"optimiser/{phase}/")
+            moments: dict[str, Tensor] = {}
+            for name in {name.split("/")[1] for name in parts}:
+                of_each = [parts.get(f"{i:05d}/{name}") for i in range(len(vector.parameters))]
+                known = next(part for part in of_each if part is not None)
+                moments[name] = known if name == "step" else vector.joined(of_each)
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": {0: moments} if moments else {}})
         self.slowdown, self.skipped = facts["slowdown"], facts["skipped"]
         self.skipped_in_a_row = facts["skipped_in_a_row"]
         if facts["scaler"] is not None and self.accelerator.scaler is not None:
