@@ -75,12 +75,9 @@ class IQL(OfflineActorAlgorithm):
         return {"value": self._value, "critic": self._critic, "actor": self._actor}[phase](batch)
 
     def _value(self, batch: Batch) -> Loss:
-        """The expectile of the target critics' minimum (equation 5)."""
-        obs, action = self._now(batch)
-        with torch.no_grad():
-            q = self.target(obs, action).amin(0)
-        v = self.value(obs)
-        return Loss({"value_loss": expectile_loss(q - v, self.config.expectile).sum()}, len(obs))
+        """The expectile of the target critics' minimum (equation 5), which is `batch.returns`."""
+        error = batch.returns[:, 0] - self.value(self.normaliser.encode(batch.obs[:, 0]))
+        return Loss({"value_loss": expectile_loss(error, self.config.expectile).sum()}, len(error))
 
     def _critic(self, batch: Batch) -> Loss:
         """Squared Bellman error with V of the next state (equation 6)."""
@@ -93,25 +90,31 @@ class IQL(OfflineActorAlgorithm):
         return Loss({"critic_loss": loss}, len(obs), {"q": self.returns.decode(q.detach()).mean(0).sum()})
 
     def _actor(self, batch: Batch) -> Loss:
-        """Weighted regression (equation 7)."""
+        """Weighted regression (equation 7); `batch.returns` are the advantages."""
         obs, action = self._now(batch)
-        loss = self.projection.loss(self.actor(obs).log_prob(action), self.advantage(batch))
+        loss = self.projection.loss(self.actor(obs).log_prob(action), batch.returns[:, 0])
         return Loss({"actor_loss": loss}, len(obs))
 
     @torch.no_grad()
-    def advantage(self, batch: Batch) -> Tensor:
-        """Q - V [B] of the data's actions, in units of reward."""
-        obs, action = self._now(batch)
-        return self.returns.scale * (self.target(obs, action).amin(0) - self.value(obs))
+    def least(self, batch: Batch) -> Tensor:
+        """The target critics' minimum [B] for the data's actions, in units of the data's returns."""
+        return self.target(*self._now(batch)).amin(0)
+
+    @torch.no_grad()
+    def advantage(self, batch: Batch, q: Tensor) -> Tensor:
+        """Q - V [B] of the data's actions, in units of reward, for `least` [B]."""
+        return self.returns.scale * (q - self.value(self.normaliser.encode(batch.obs[:, 0])))
 
     def _now(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.normaliser.encode(batch.obs[:, 0]), self.spec.to_unit(batch.action[:, 0, 0])
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
-        metrics = step(batch, "value") | step(batch, "critic")
+        q = self.least(batch)
+        metrics = step(batch._replace(returns=q[:, None]), "value")
+        advantage = self.advantage(batch, q)
+        metrics |= step(batch, "critic") | self.projection.measure(advantage, step)
         follow(self.target, self.critic, self.config.tau)
-        metrics |= self.projection.measure(self.advantage(batch), step)
-        return metrics | step(batch, "actor")
+        return metrics | step(batch._replace(returns=advantage[:, None]), "actor")
 
 
 def expectile_loss(error: Tensor, expectile: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offline_cai.core import Batch, Loss, Needs, Spec, Step
+from offline_cai.core import Batch, Loss, Needs, Spec, Step, Transition
 from offline_cai.data.codec import NormaliserKind
 from offline_cai.policies import dial
 from offline_cai.policies.acting import ActorAlgorithm, check_bootstrap
@@ -79,15 +79,15 @@ class SAC(ActorAlgorithm):
         """Squared soft Bellman error (2018a, equation 7; 2018b, equation 5)."""
         step = batch.transition
         q = self.critic(self.normaliser.encode(step.obs), self.spec.to_unit(step.action[:, 0]))
-        loss = 0.5 * (q - self.backup(batch)).square().sum()
+        loss = 0.5 * (q - self.backup(step, batch.key)).square().sum()
         return Loss({"critic_loss": loss}, len(step.obs), {"q": q.detach().mean(0).sum()})
 
     @torch.no_grad()
-    def backup(self, batch: Batch) -> Tensor:
+    def backup(self, step: Transition, key: Tensor) -> Tensor:
         """What Q(s, a) should be: r + discount · V(s') [B], V by the slow copy."""
-        step, after = batch.transition, self.normaliser.encode(batch.transition.next_obs)
+        after = self.normaliser.encode(step.next_obs)
         if isinstance(self.target, Critic):
-            value = self._soft_value(after, self.target, batch.key)
+            value = self._soft_value(after, self.target, key)
         else:
             value = self.target(after)
         return step.reward + self.config.discount * torch.where(step.terminal, 0.0, value)
@@ -100,7 +100,7 @@ class SAC(ActorAlgorithm):
 
     def _actor(self, batch: Batch) -> Loss:
         """KL to exp(Q / temperature), times the temperature (2018b, equation 7), and the temperature's dual (18)."""
-        obs, temperature = self.normaliser.encode(batch.transition.obs), self.dial.temperature
+        obs, temperature = self.normaliser.encode(batch.obs[:, 0]), self.dial.temperature
         draw = self.actor(obs).draw(batch.key, stream=ACTOR)
         q = self.critic(obs, draw.action).amin(0)
         terms = {"actor_loss": draw.mean(temperature * draw.log_prob - q).sum()}

@@ -66,11 +66,15 @@ class Normaliser(nn.Module):
                 self.levels[column].copy_(torch.from_numpy(levels))
 
     def encode(self, x: Tensor) -> Tensor:
+        if self.kind == "none":
+            return x
         if self.kind == "quantile":
             return _piecewise(x, self.knots, self.levels, 1 / self.scale)
         return (x - self.shift) / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
+        if self.kind == "none":
+            return x
         if self.kind == "quantile":
             return _piecewise(x, self.levels, self.knots, self.scale)
         return x * self.scale + self.shift

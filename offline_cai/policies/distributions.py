@@ -27,7 +27,7 @@ class Draw(NamedTuple):
 
     def mean(self, x: Tensor) -> Tensor:
         """The expectation [B] of x [n, B]."""
-        return (self.weight * x).sum(0)
+        return x[0] if len(x) == 1 else (self.weight * x).sum(0)
 
 
 class Distribution(Protocol):
