@@ -368,6 +368,14 @@ class Algorithm(nn.Module, ABC):
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
         """The loss of a phase, as sums: a function of parameters and batch; its noise comes from `batch.key`."""
 
+    def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
+        """What `forward` gives, with the gradients of its terms / unit added to those that the phase's parameters hold.
+
+        Without autograd, where that is worth it; None: there is no such form. Tests hold it to `forward`. The entries
+        are the samples.
+        """
+        return None
+
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         """One iteration. Override for phases in order, targets, duals, epochs or a line search."""
         return step(batch)

@@ -13,10 +13,10 @@ from torch import Tensor
 from offline_cai.core import Batch, Chunks, Loss, Needs, Spec, Step
 from offline_cai.data.codec import NormaliserKind
 from offline_cai.errors import UserError
-from offline_cai.policies import dial
+from offline_cai.policies import by_hand, dial
 from offline_cai.policies.acting import OfflineActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Temperature
-from offline_cai.policies.networks import Actor, Critic, Value, follow, slow
+from offline_cai.policies.networks import LOG_STD, Actor, Critic, Value, follow, slow
 from offline_cai.policies.projection import Projection
 
 
@@ -81,13 +81,16 @@ class IQL(OfflineActorAlgorithm):
 
     def _critic(self, batch: Batch) -> Loss:
         """Squared Bellman error with V of the next state (equation 6)."""
-        (obs, action), step = self._now(batch), batch.transition
-        with torch.no_grad():
-            value = self.returns.decode(self.value(self.normaliser.encode(step.next_obs)))
-            wanted = step.reward + self.config.discount * torch.where(step.terminal, 0.0, value)
-        q = self.critic(obs, action)
-        loss = 0.5 * (q - self.returns.encode(wanted)).square().sum()
-        return Loss({"critic_loss": loss}, len(obs), {"q": self.returns.decode(q.detach()).mean(0).sum()})
+        q = self.critic(*self._now(batch))
+        loss = 0.5 * (q - self.backup(batch)).square().sum()
+        return Loss({"critic_loss": loss}, len(batch.key), {"q": self.returns.decode(q.detach()).mean(0).sum()})
+
+    @torch.no_grad()
+    def backup(self, batch: Batch) -> Tensor:
+        """What Q(s, a) should be [B]: r + discount · V(s'), in units of the data's returns."""
+        step = batch.transition
+        value = self.returns.decode(self.value(self.normaliser.encode(step.next_obs)))
+        return self.returns.encode(step.reward + self.config.discount * torch.where(step.terminal, 0.0, value))
 
     def _actor(self, batch: Batch) -> Loss:
         """Weighted regression (equation 7); `batch.returns` are the advantages."""
@@ -107,6 +110,32 @@ class IQL(OfflineActorAlgorithm):
 
     def _now(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.normaliser.encode(batch.obs[:, 0]), self.spec.to_unit(batch.action[:, 0, 0])
+
+    @torch.no_grad()
+    def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
+        if phase == "actor" and (self.actor.choices or self.actor.family != "gaussian"):
+            return None
+        if phase == "critic" and self.critic.choices:
+            return None
+        obs, action = self._now(batch)
+        n, given = len(obs), batch.returns[:, 0]
+        if phase == "value":
+            value = by_hand.run(self.value.body, obs)
+            error = given[:, None] - value.out
+            weighed = torch.where(error < 0, 1 - self.config.expectile, self.config.expectile) * error
+            value.learn(weighed * (-2 / unit))
+            return Loss({"value_loss": (weighed * error).sum()}, n)
+        if phase == "critic":
+            loss, q = by_hand.regress(self.critic.each, torch.cat([obs, action], -1), self.backup(batch), unit)
+            return Loss({"critic_loss": loss}, n, {"q": self.returns.decode(q).mean(0).sum()})
+        actor = by_hand.run(self.actor.body, obs)
+        pi, log_std = self.actor.law(actor.out), self.actor.log_std
+        weight = self.projection.weights(given)
+        z = (action - pi.mean) / pi.std
+        actor.learn((weight / -unit)[:, None] * z / pi.std * (1 - pi.mean.square()))
+        free = log_std == log_std.clamp(*LOG_STD)
+        log_std.grad += (weight / -unit) @ (z.square() - 1) * free
+        return Loss({"actor_loss": -(weight * pi.log_prob(action)).sum()}, n)
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         q = self.least(batch)

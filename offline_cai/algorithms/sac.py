@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from offline_cai import seeding
 from offline_cai.core import Batch, Loss, Needs, Spec, Step, Transition
 from offline_cai.data.codec import NormaliserKind
-from offline_cai.policies import dial
+from offline_cai.policies import by_hand, dial
 from offline_cai.policies.acting import ActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Dial, Temperature
 from offline_cai.policies.distributions import log_uniform
@@ -108,6 +109,30 @@ class SAC(ActorAlgorithm):
         if self.dial.learned:
             terms["temperature_loss"] = self.dial.loss(kl).sum()
         return Loss(terms, len(obs), {"kl": kl.detach().sum(), "temperature": temperature * len(obs)})
+
+    @torch.no_grad()
+    def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
+        if self.actor.choices or phase == "value":
+            return None
+        n, obs, temperature = len(batch.key), self.normaliser.encode(batch.obs[:, 0]), self.dial.temperature
+        if phase == "critic":
+            step = batch.transition
+            x = torch.cat([obs, self.spec.to_unit(step.action[:, 0])], -1)
+            loss, q = by_hand.regress(self.critic.each, x, self.backup(step, batch.key), unit)
+            return Loss({"critic_loss": loss}, n, {"q": q.mean(0).sum()})
+        actor, width = by_hand.run(self.actor.body, obs), self.spec.action_width
+        draw = by_hand.squash(actor.out, seeding.normal(batch.key, (width,), ACTOR, obs.dtype))
+        one, two = (by_hand.run(q, torch.cat([obs, draw.action], -1)) for q in self.critic.each)
+        first = (one.out < two.out).to(obs) / -unit
+        slope = one.to_input(first, width) + two.to_input(-1 / unit - first, width)
+        actor.learn(draw.back(slope, temperature / unit))
+        terms = {"actor_loss": (temperature * draw.log_prob - torch.minimum(one.out, two.out)[:, 0]).sum()}
+        kl = draw.log_prob - log_uniform(self.spec)
+        if self.dial.learned:
+            slope = self.dial.slope(kl).sum()
+            terms["temperature_loss"] = self.dial.log * slope
+            self.dial.log.grad += slope / unit
+        return Loss(terms, n, {"kl": kl.sum(), "temperature": temperature * n})
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         metrics: dict[str, float] = {}

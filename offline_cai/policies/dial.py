@@ -67,5 +67,9 @@ class Dial(nn.Module):
         log temperature · (budget - KL), as SAC's implementations have it (Haarnoja et al. 2018b, equation 18, has the
         temperature for its logarithm).
         """
+        return self.log * self.slope(kl)
+
+    def slope(self, kl: Tensor) -> Tensor:
+        """The gradient [B] of `loss` in log temperature."""
         assert self.budget is not None
-        return self.log * (self.budget - kl.detach())
+        return self.budget - kl.detach()

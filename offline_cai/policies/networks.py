@@ -37,7 +37,10 @@ class Actor(nn.Module):
 
     def forward(self, obs: Tensor) -> Categorical | Gaussian | SquashedGaussian:
         """The distribution at observations [B, O]."""
-        out = self.body(obs)
+        return self.law(self.body(obs))
+
+    def law(self, out: Tensor) -> Categorical | Gaussian | SquashedGaussian:
+        """The distribution that the perceptron's outputs [B, ...] stand for."""
         if self.choices:
             return Categorical(out.log_softmax(-1))
         if self.family == "gaussian":

@@ -65,7 +65,11 @@ class Projection(nn.Module):
 
     def loss(self, log_prob: Tensor, advantage: Tensor) -> Tensor:
         """The sum over samples, for the log-probabilities [n] of the data's actions and their advantages [n]."""
-        return -(soft.posterior_weights(self._nats(advantage.detach()), clip=self.clip) * log_prob).sum()
+        return -(self.weights(advantage.detach()) * log_prob).sum()
+
+    def weights(self, advantage: Tensor) -> Tensor:
+        """What samples [n] with these advantages [n] count."""
+        return soft.posterior_weights(self._nats(advantage), clip=self.clip)
 
     def _nats(self, advantage: Tensor) -> Tensor:
         return (advantage - self.shift) / self.scale / self.dial.temperature

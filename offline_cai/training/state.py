@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import reduce
 from operator import add
 from typing import Any
@@ -58,7 +57,7 @@ class TrainingState:
                 [vector.values], lr=training.rate(phase), weight_decay=training.weight_decay, fused=True
             )
             self.optimisers[phase] = optimiser if accelerator.scaler is None else accelerator.prepare(optimiser)
-        self.autocast = nullcontext if accelerator.mixed_precision == "no" else accelerator.autocast
+        self.plain = accelerator.mixed_precision == "no" and not training.compile and accelerator.device.type == "cpu"
         self._averaged, self._averages, self.ema = self._to_average() if training.ema else ([], [], [])
         self.slowdown, self.skipped, self.skipped_in_a_row = 1.0, 0, 0
         self.stop, self.stopping = 0, False
@@ -123,11 +122,15 @@ class TrainingState:
         """
         unit, sums = None, None
         for part in batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]:
-            with self.autocast():
-                loss = self.module(part, phase)
-            unit = max(loss.entries, 1) if unit is None else unit  # a part may have none
-            mean, scaler = reduce(add, loss.terms.values()) / unit, self.accelerator.scaler
-            (mean if scaler is None else scaler.scale(mean)).backward(inputs=self.vectors[phase].parameters)
+            own = self.algorithm.by_hand(part, phase, unit or len(part.key)) if self.plain else None
+            if own is None:
+                with self.accelerator.autocast():
+                    loss = self.module(part, phase)
+                unit = max(loss.entries, 1) if unit is None else unit  # a part may have none
+                mean, scaler = reduce(add, loss.terms.values()) / unit, self.accelerator.scaler
+                (mean if scaler is None else scaler.scale(mean)).backward(inputs=self.vectors[phase].parameters)
+            else:
+                loss, unit = own, unit or len(part.key)
             found = [*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)]
             part_sums = torch.stack([x.detach().to(self.vectors[phase].gradient) for x in found])
             sums = part_sums if sums is None else sums + part_sums

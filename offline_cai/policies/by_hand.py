@@ -1,0 +1,90 @@
+"""Gradients by hand, for small networks on a CPU, where autograd's own work takes half as long as the products.
+
+What autograd gives is the definition, and tests hold this to it. All of it is called without autograd.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from offline_cai.networks.mlp import Perceptron
+from offline_cai.policies.networks import LOG_STD
+
+_relu_backward = torch.ops.aten.threshold_backward.grad_input
+
+
+class Pass(NamedTuple):
+    """A forward pass of a perceptron: what went into each layer, and what came out of the last [B, outputs]."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    inputs: list[Tensor]
+    out: Tensor
+
+    def learn(self, gradient: Tensor) -> None:
+        """Add to the gradients of the weights, for that of the output [B, outputs]."""
+        for i in reversed(range(len(self.layers))):
+            (weight, bias), x = self.layers[i], self.inputs[i]
+            weight.grad.addmm_(x.t(), gradient)  # type: ignore[union-attr]
+            bias.grad.add_(gradient.sum(0))  # type: ignore[union-attr]
+            if i:
+                gradient = gradient.mm(weight.t())
+                _relu_backward(gradient, x, 0, grad_input=gradient)
+
+    def to_input(self, gradient: Tensor, width: int) -> Tensor:
+        """The gradient of the last inputs [B, width], for that of the output [B, outputs]."""
+        for (weight, _), x in zip(self.layers[:0:-1], self.inputs[:0:-1], strict=True):
+            gradient = gradient.mm(weight.t())
+            _relu_backward(gradient, x, 0, grad_input=gradient)
+        return gradient.mm(self.layers[0][0][-width:].t())
+
+
+def run(perceptron: Perceptron, x: Tensor) -> Pass:
+    """x is [B, inputs]."""
+    layers, inputs = perceptron.layers, [x]
+    for weight, bias in layers[:-1]:
+        inputs.append(torch.addmm(bias, inputs[-1], weight).relu_())
+    weight, bias = layers[-1]
+    return Pass(layers, inputs, torch.addmm(bias, inputs[-1], weight))
+
+
+def regress(perceptrons: Iterable[Perceptron], x: Tensor, wanted: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """Half the squared errors, added up, of perceptrons at x [B, inputs] that should give `wanted` [B]; divided by
+    `unit`, they have the gradients that are added to the weights'.
+
+    Gives that sum [] and what the perceptrons say [count, B].
+    """
+    passes = [run(perceptron, x) for perceptron in perceptrons]
+    said = torch.cat([one.out for one in passes], -1)
+    error = said - wanted[:, None]
+    for one, gradient in zip(passes, (error / unit).split(1, -1), strict=True):
+        one.learn(gradient)
+    return 0.5 * error.square().sum(), said.t()
+
+
+class Squashed(NamedTuple):
+    """Reparametrised samples of squashed Gaussians: actions [B, A] and their log-probabilities [B]."""
+
+    action: Tensor
+    log_prob: Tensor
+    moved: Tensor  # [B, A] du / dlog_std
+    free: Tensor  # [B, A] whether log_std is inside its bounds
+
+    def back(self, action: Tensor, log_prob: Tensor) -> Tensor:
+        """The gradient [B, 2A] of the actor's output, for those of the actions [B, A] and of every log_prob []."""
+        u = action * (1 - self.action.square()) + 2 * log_prob * self.action
+        return torch.cat([u, (u * self.moved - log_prob) * self.free], -1)
+
+
+def squash(out: Tensor, noise: Tensor) -> Squashed:
+    """Samples of the squashed Gaussians that an actor's output [B, 2A] stands for, by noise [B, A]."""
+    mean, free_log_std = out.chunk(2, -1)
+    log_std = free_log_std.clamp(*LOG_STD)
+    moved = log_std.exp() * noise
+    u = mean + moved
+    slope = 2 * (math.log(2) - u - softplus(-2 * u))
+    density = -0.5 * (noise.square() + math.log(2 * math.pi)) - log_std - slope
+    return Squashed(torch.tanh(u), density.sum(-1), moved, free_log_std == log_std)
