@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
@@ -124,8 +125,8 @@ class Spec:
             for i, (n, start) in enumerate(zip(self.action.n, self.action.start, strict=True)):
                 joint = joint * n + (action[..., i].round().long() - start)
             return torch.nn.functional.one_hot(joint, self.unit_width).to(torch.get_default_dtype())
-        low, high = (action.new_tensor(bound) for bound in (self.action.low, self.action.high))
-        return (action - low) / (high - low) * 2 - 1
+        low, width = _bounds(self.action, action.dtype, action.device)
+        return (action - low) / width * 2 - 1
 
     def to_raw(self, action: Tensor) -> Tensor:
         """Actions [..., U] of unit space to raw ones [..., A], clipped; of choices the one with the largest entry."""
@@ -135,8 +136,8 @@ class Spec:
                 parts.append(joint % n + start)
                 joint = joint // n
             return torch.stack(parts[::-1], -1).to(action.dtype)
-        low, high = (action.new_tensor(bound) for bound in (self.action.low, self.action.high))
-        return (action.clamp(-1, 1) + 1) / 2 * (high - low) + low
+        low, width = _bounds(self.action, action.dtype, action.device)
+        return (action.clamp(-1, 1) + 1) / 2 * width + low
 
     def to_json(self) -> dict[str, Any]:
         return {"obs": [list(part) for part in self.obs], "action": asdict(self.action), "dt": self.dt}
@@ -146,6 +147,13 @@ class Spec:
         obs = tuple(Field(str(name), int(width)) for name, width in data["obs"])
         kind = Discrete if "n" in data["action"] else Box
         return cls(obs, kind(**{name: tuple(values) for name, values in data["action"].items()}), data["dt"])
+
+
+@cache
+def _bounds(box: Box, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lower bounds, and how far the upper ones are from them."""
+    low, high = (torch.tensor(bound, dtype=dtype, device=device) for bound in (box.low, box.high))
+    return low, high - low
 
 
 class Episode(NamedTuple):
@@ -369,10 +377,10 @@ class Algorithm(nn.Module, ABC):
         """The loss of a phase, as sums: a function of parameters and batch; its noise comes from `batch.key`."""
 
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
-        """What `forward` gives, with the gradients of its terms / unit added to those that the phase's parameters hold.
+        """What `forward` gives, after setting the gradients that the phase's parameters hold to those of its terms / unit.
 
-        Without autograd, where that is worth it; None: there is no such form. Tests hold it to `forward`. The entries
-        are the samples.
+        Without autograd, for small networks on a CPU, where the entries are the samples; None: there is no such form.
+        Tests hold it to `forward`.
         """
         return None
 

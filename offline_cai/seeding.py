@@ -89,6 +89,9 @@ def uniform(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0) -> Tenso
 def normal(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal draws [B, *shape], one row per key, by the Box-Muller transform. Streams are independent."""
     u = uniform(keys, (2, *shape), stream)
+    if keys.device.type == "cpu":
+        x = u.numpy()
+        return torch.from_numpy(np.sqrt(-2 * np.log(x[:, 0])) * np.cos(2 * math.pi * x[:, 1])).to(dtype)
     return (torch.sqrt(-2 * torch.log(u[:, 0])) * torch.cos(2 * math.pi * u[:, 1])).to(dtype)
 
 

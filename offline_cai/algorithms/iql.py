@@ -134,7 +134,7 @@ class IQL(OfflineActorAlgorithm):
         z = (action - pi.mean) / pi.std
         actor.learn((weight / -unit)[:, None] * z / pi.std * (1 - pi.mean.square()))
         free = log_std == log_std.clamp(*LOG_STD)
-        log_std.grad += (weight / -unit) @ (z.square() - 1) * free
+        torch.mul((weight / -unit) @ (z.square() - 1), free, out=log_std.grad)
         return Loss({"actor_loss": -(weight * pi.log_prob(action)).sum()}, n)
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:

@@ -131,7 +131,7 @@ class SAC(ActorAlgorithm):
         if self.dial.learned:
             slope = self.dial.slope(kl).sum()
             terms["temperature_loss"] = self.dial.log * slope
-            self.dial.log.grad += slope / unit
+            torch.div(slope, unit, out=self.dial.log.grad)
         return Loss(terms, n, {"kl": kl.sum(), "temperature": temperature * n})
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:

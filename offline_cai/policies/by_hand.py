@@ -25,11 +25,11 @@ class Pass(NamedTuple):
     out: Tensor
 
     def learn(self, gradient: Tensor) -> None:
-        """Add to the gradients of the weights, for that of the output [B, outputs]."""
+        """Set the gradients of the weights, for that of the output [B, outputs]."""
         for i in reversed(range(len(self.layers))):
             (weight, bias), x = self.layers[i], self.inputs[i]
-            weight.grad.addmm_(x.t(), gradient)  # type: ignore[union-attr]
-            bias.grad.add_(gradient.sum(0))  # type: ignore[union-attr]
+            torch.mm(x.t(), gradient, out=weight.grad)
+            torch.sum(gradient, 0, out=bias.grad)
             if i:
                 gradient = gradient.mm(weight.t())
                 _relu_backward(gradient, x, 0, grad_input=gradient)
@@ -52,10 +52,9 @@ def run(perceptron: Perceptron, x: Tensor) -> Pass:
 
 
 def regress(perceptrons: Iterable[Perceptron], x: Tensor, wanted: Tensor, unit: int) -> tuple[Tensor, Tensor]:
-    """Half the squared errors, added up, of perceptrons at x [B, inputs] that should give `wanted` [B]; divided by
-    `unit`, they have the gradients that are added to the weights'.
+    """Half the squared errors, added up, of perceptrons at x [B, inputs] that should give `wanted` [B].
 
-    Gives that sum [] and what the perceptrons say [count, B].
+    Gives that sum [] and what the perceptrons say [count, B]; the weights get the gradients of sum / unit.
     """
     passes = [run(perceptron, x) for perceptron in perceptrons]
     said = torch.cat([one.out for one in passes], -1)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from offline_cai.core import Algorithm, Batch
+from offline_cai.core import Algorithm, Batch, Loss
 from offline_cai.errors import UserError
 from offline_cai.export import assign
 from offline_cai.training.experiment import TrainingConfig
@@ -57,7 +57,8 @@ class TrainingState:
                 [vector.values], lr=training.rate(phase), weight_decay=training.weight_decay, fused=True
             )
             self.optimisers[phase] = optimiser if accelerator.scaler is None else accelerator.prepare(optimiser)
-        self.plain = accelerator.mixed_precision == "no" and not training.compile and accelerator.device.type == "cpu"
+        exact = accelerator.mixed_precision == "no" and not training.compile and training.accumulate == 1
+        self._by_hand = exact and accelerator.device.type == "cpu"
         self._averaged, self._averages, self.ema = self._to_average() if training.ema else ([], [], [])
         self.slowdown, self.skipped, self.skipped_in_a_row = 1.0, 0, 0
         self.stop, self.stopping = 0, False
@@ -89,7 +90,6 @@ class TrainingState:
             Diverged: a term or the gradient is not finite, or exploded, and such steps are not to be skipped.
         """
         began, optimiser = time.perf_counter(), self.optimisers[phase]
-        self.vectors[phase].gradient.zero_()
         names, sums = self._backward(batch, phase)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(optimiser)
@@ -122,15 +122,11 @@ class TrainingState:
         """
         unit, sums = None, None
         for part in batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]:
-            own = self.algorithm.by_hand(part, phase, unit or len(part.key)) if self.plain else None
-            if own is None:
-                with self.accelerator.autocast():
-                    loss = self.module(part, phase)
-                unit = max(loss.entries, 1) if unit is None else unit  # a part may have none
-                mean, scaler = reduce(add, loss.terms.values()) / unit, self.accelerator.scaler
-                (mean if scaler is None else scaler.scale(mean)).backward(inputs=self.vectors[phase].parameters)
+            loss = self.algorithm.by_hand(part, phase, len(part.key)) if self._by_hand else None
+            if loss is None:
+                loss, unit = self._by_autograd(part, phase, unit)
             else:
-                loss, unit = own, unit or len(part.key)
+                unit = len(part.key)
             found = [*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)]
             part_sums = torch.stack([x.detach().to(self.vectors[phase].gradient) for x in found])
             sums = part_sums if sums is None else sums + part_sums
@@ -140,6 +136,17 @@ class TrainingState:
         else:
             self.stopping |= bool(self.stop)
         return [*loss.terms, *loss.metrics], sums
+
+    def _by_autograd(self, part: Batch, phase: str, unit: Tensor | int | None) -> tuple[Loss, Tensor | int]:
+        """Adds the gradient of a part's loss / unit to that of the parts before; the first one has no unit, but gives it."""
+        if unit is None:
+            self.vectors[phase].gradient.zero_()
+        with self.accelerator.autocast():
+            loss = self.module(part, phase)
+        unit = max(loss.entries, 1) if unit is None else unit  # a part may have none
+        mean, scaler = reduce(add, loss.terms.values()) / unit, self.accelerator.scaler
+        (mean if scaler is None else scaler.scale(mean)).backward(inputs=self.vectors[phase].parameters)
+        return loss, unit
 
     def _add_up(self, phase: str, unit: Tensor | int, sums: Tensor) -> Tensor:
         """The sums over all processes; the gradients become those of the global mean."""
@@ -151,6 +158,8 @@ class TrainingState:
         return sums
 
     def sum(self, tensor: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return tensor.detach()
         with together():
             return self.accelerator.reduce(tensor.detach(), "sum")
 
