@@ -107,4 +107,4 @@ def slow(module: M) -> M:
 @torch.no_grad()
 def follow(target: nn.Module, module: nn.Module, rate: float) -> None:
     """Move the target's parameters that share of the way to the module's: 1 copies them."""
-    torch._foreach_lerp_(list(target.parameters()), [p.detach() for p in module.parameters()], rate)
+    torch._foreach_lerp_(list(target.parameters()), list(module.parameters()), rate)

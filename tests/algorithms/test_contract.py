@@ -15,6 +15,7 @@ from offline_cai.errors import UserError
 from offline_cai.training import checkpoint
 from offline_cai.training.experiment import TrainingConfig
 from offline_cai.training.state import TrainingState
+from offline_cai.training.vectors import Vector
 
 NAMES = algorithms.names()
 
@@ -74,6 +75,34 @@ def test_loss_is_a_function_of_parameters_and_batch(name: str, store: Trajectori
     for phase in needs.groups:
         first, second = algorithm(batch, phase), algorithm(batch, phase)
         assert first.terms and all(torch.equal(first.terms[name], second.terms[name]) for name in first.terms)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_by_hand_are_those_of_autograd(name: str, store: Trajectories, float64: None) -> None:
+    algorithm, needs = build(name, store), build(name, store).needs
+    windows = Windows(store, needs.horizon, needs.stride, needs.discount, needs.padding)
+    batch = windows.gather(windows.starts[:5], seeding.keys(0, 0, torch.arange(5)))
+    batch = Batch(*(x.double() if x is not None and x.is_floating_point() else x for x in batch))  # type: ignore[arg-type]
+    for phase, prefixes in needs.groups.items():
+        own = [p for key, p in algorithm.named_parameters() if key.startswith(prefixes) and p.requires_grad]
+        vector, loss = Vector(own), algorithm(batch, phase)
+        (sum(loss.terms.values()) / 5).backward(inputs=own)  # type: ignore[union-attr]
+        wanted = vector.gradient.clone()
+        found = algorithm.by_hand(batch, phase, 5)
+        assert found is not None or name not in ("sac", "iql"), "these have them, for default configs"
+        if found is not None:
+            assert torch.allclose(vector.gradient, wanted, rtol=1e-10, atol=1e-12) and wanted.abs().max() > 1e-3
+            assert found.entries == loss.entries and list(found.terms) == list(loss.terms)
+            for ours, theirs in ((found.terms, loss.terms), (found.metrics, loss.metrics)):
+                assert all(torch.allclose(ours[key], theirs[key], rtol=1e-10, atol=1e-10) for key in theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_parameter_is_in_two_groups(name: str, store: Trajectories) -> None:
+    """A group's parameters are parts of a vector of its own."""
+    algorithm = build(name, store)
+    for key, _ in algorithm.named_parameters():
+        assert sum(key.startswith(prefixes) for prefixes in algorithm.needs.groups.values()) <= 1, key
 
 
 @pytest.mark.parametrize("name", NAMES)
