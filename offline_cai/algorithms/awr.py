@@ -21,6 +21,7 @@ from torch import Tensor
 
 from offline_cai.core import Batch, Chunks, Loss, Needs, Spec, Step
 from offline_cai.data.codec import NormaliserKind
+from offline_cai.data.sampling import return_weights_for_kl
 from offline_cai.errors import UserError
 from offline_cai.inference import soft
 from offline_cai.policies import dial
@@ -90,10 +91,10 @@ class AWR(OfflineActorAlgorithm):
 
     def weigh(self, returns: np.ndarray) -> np.ndarray:
         """Weights [E] of episodes for their returns [E], normalised."""
-        c, x = self.config, torch.from_numpy(returns)
+        c = self.config
         if c.temperature == "auto":
-            return soft.posterior_weights(x, soft.temperature_for_kl(x, c.kl_budget or EPISODE_BUDGET), dim=0).numpy()
-        return soft.posterior_weights(x, c.temperature, dim=0).numpy()
+            return return_weights_for_kl(returns, c.kl_budget or EPISODE_BUDGET)
+        return soft.posterior_weights(torch.from_numpy(returns), c.temperature, dim=0).numpy()
 
     def fit(self, chunks: Chunks) -> None:
         super().fit(chunks)

@@ -9,6 +9,7 @@ are fewer, longer steps, which learn the same mazes in a fraction of the time.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from offline_cai import seeding
 from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Plan, Spec, Step
 from offline_cai.data.codec import Codec, Normaliser, NormaliserKind
+from offline_cai.data.sampling import return_weights_for_kl
 from offline_cai.diffusion.evidence import Evidence, Learned, fingerprint
 from offline_cai.diffusion.guidance import classifier_free
 from offline_cai.diffusion.residual import Residual, measure
@@ -102,6 +104,9 @@ class DiffuserConfig:
     """Directions that it keeps, the others share one variance; null: all of them."""
     discount: float = 0.99
     """Discount of the return-to-go, per time step."""
+    kl_budget: float | None = None
+    """Learn the posterior over whole episodes, p(tau | O) ∝ p(tau) exp(return / temperature), this many nats from the
+    data: windows are drawn by the weight of their episode; null: learn the data."""
     support: SupportConfig | None = None
     """The grid that remembers where the data has been, for the planner's evidence; null: none."""
     planner: PlannerConfig = field(default_factory=PlannerConfig)
@@ -130,6 +135,8 @@ class DiffuserConfig:
             raise UserError(f"multipliers are {list(self.multipliers)}; give one level or more, each at least 1.")
         if not 0 < self.discount <= 1:
             raise UserError(f"discount is {self.discount}; it has to be above 0 and at most 1.")
+        if self.kl_budget is not None and not self.kl_budget > 0:
+            raise UserError(f"kl_budget is {self.kl_budget}; it is a positive number of nats, or null.")
         if self.planner.steps > self.levels:
             raise UserError(f"planner.steps is {self.planner.steps}, more than the {self.levels} noise levels.")
         if self.planner.execute == "actions" and not self.actions:
@@ -264,7 +271,8 @@ class Diffuser(Algorithm):
     def needs(self) -> Needs:
         c = self.config
         groups = {"denoiser": ("network.",), "inverse": ("inverse.",)} if c.inverse_dynamics else {"all": ("",)}
-        return Needs(horizon=c.rows, stride=c.stride, discount=c.discount, groups=groups, segments=c.segments)
+        weigh = None if c.kl_budget is None else partial(return_weights_for_kl, kl_budget=c.kl_budget)
+        return Needs(c.rows, c.stride, c.discount, groups=groups, weigh=weigh, segments=c.segments)
 
     def fit(self, chunks: Chunks) -> None:
         self.codec.fit(chunks)

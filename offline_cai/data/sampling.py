@@ -16,6 +16,7 @@ from torch import Tensor
 from offline_cai.core import Batch
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
+from offline_cai.inference import soft
 
 
 class Sampler(Protocol):
@@ -39,6 +40,22 @@ def return_weights(returns: np.ndarray, temperature: float) -> np.ndarray:
     z = (returns - returns.mean()) / max(float(returns.std()), 1e-12)
     weights = np.exp((z - z.max()) / temperature)
     return weights / weights.mean()
+
+
+def return_weights_for_kl(returns: np.ndarray, kl_budget: float) -> np.ndarray:
+    """Weights [E] ∝ exp(return / temperature) of whole episodes, `kl_budget` nats from all alike; their sum is one.
+
+    Raises:
+        UserError: the budget is not positive, or more than this many episodes can express.
+    """
+    x = torch.from_numpy(returns).double()
+    try:
+        return soft.posterior_weights(x, soft.temperature_for_kl(x, kl_budget), dim=0).numpy()
+    except ValueError as error:
+        raise UserError(
+            f"kl_budget is {kl_budget} nats between {len(x)} episodes and those of the posterior, which cannot be met: "
+            f"it has to be positive and below log({len(x)}) = {math.log(len(x)):.3g}, less where the best returns tie."
+        ) from error
 
 
 class Weighted:

@@ -7,7 +7,7 @@ They take a denoiser D(x_k, k) -> x_0 and impose the known rows at every level, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,9 +162,9 @@ def bounded(denoiser: Denoise, known: Known, clip: float | None) -> Denoise:
     return denoise
 
 
-def first_noise(known: Known, key: Tensor) -> Tensor:
+def first_noise(known: Known, key: Tensor, scale: float = 1.0) -> Tensor:
     """x at the highest level, [N, R, D]."""
-    return known.impose(seeding.normal(key, tuple(known.value.shape[1:]), dtype=known.value.dtype))
+    return known.impose(scale * seeding.normal(key, tuple(known.value.shape[1:]), dtype=known.value.dtype))
 
 
 @torch.no_grad()
@@ -182,6 +182,7 @@ def ddim(
     guide: Guide = unguided,
     residual: Residual | None = None,
     warm: Warm | None = None,
+    noise: float = 1.0,
 ) -> Tensor:
     """DDIM (Song et al. 2021, equations 12 and 16): rows [N, R, D] in the model's space.
 
@@ -196,8 +197,9 @@ def ddim(
         guide: replaces what is believed of x_0 at each step; see `guidance.py`.
         residual: the denoiser's residual covariance, for the guides and the variance that need it.
         warm: begin at these rows, noised to a share of the levels, and take that share of the steps.
+        noise: scale of all noise, the first and that of the steps; 0 begins at the prior's mean and adds none.
     """
-    x, denoise, share = first_noise(known, key), bounded(denoiser, known, clip), 1.0
+    x, denoise, share = first_noise(known, key, noise), bounded(denoiser, known, clip), 1.0
     if warm is not None:
         share, steps = warm.share, max(round(steps * warm.share), 1)
         top = x.new_full((len(x),), levels_of(schedule, steps, share)[0], dtype=torch.int64)
@@ -209,7 +211,8 @@ def ddim(
         spread = step.spread(belief)
         x = step.mean(x, belief.mean)
         if spread is not None:
-            x = x + spread.draw(seeding.normal(key, tuple(x.shape[1:]), stream=step.number + 1, dtype=x.dtype))
+            fresh = seeding.normal(key, tuple(x.shape[1:]), stream=step.number + 1, dtype=x.dtype)
+            x = x + noise * spread.draw(fresh)
         x = known.impose(x)
         if trace is not None:
             trace.append(x)
@@ -229,14 +232,15 @@ def ddpm(
     guide: Guide = unguided,
     residual: Residual | None = None,
     warm: Warm | None = None,
+    noise: float = 1.0,
 ) -> Tensor:
     """DDPM (Ho et al. 2020, algorithm 2): rows [N, R, D]; one step per level, or fewer.
 
     It is DDIM at eta = 1 (Song et al. 2021, section 4.1). Arguments as in `ddim`.
     """
     steps = schedule.levels if steps is None else steps
-    options = {"reverse_variance": reverse_variance, "guide": guide, "residual": residual, "warm": warm}
-    return ddim(denoiser, schedule, known, key, steps, 1.0, clip, trace, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"reverse_variance": reverse_variance, "guide": guide, "residual": residual}
+    return ddim(denoiser, schedule, known, key, steps, 1.0, clip, trace, warm=warm, noise=noise, **options)
 
 
 @torch.no_grad()
@@ -251,6 +255,7 @@ def dpm_solver(
     *,
     guide: Guide = unguided,
     residual: Residual | None = None,
+    noise: float = 1.0,
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): rows [N, R, D], deterministic given the first noise.
 
@@ -258,7 +263,7 @@ def dpm_solver(
     step are DDIM's. Known numbers do not disturb its memory, for they are the denoiser's own estimate at every level.
     Arguments as in `ddim`.
     """
-    x, denoise = first_noise(known, key), bounded(denoiser, known, clip)
+    x, denoise = first_noise(known, key, noise), bounded(denoiser, known, clip)
     if trace is not None:
         trace.append(x)
     last, last_h = None, None

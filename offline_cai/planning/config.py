@@ -53,6 +53,8 @@ class PlannerConfig:
     """Denoising steps."""
     eta: float = 0.0
     """Noise of ddim's steps: 0 is none, 1 as much as ddpm's."""
+    noise: float = 1.0
+    """Scale of all noise of the sampler: 1 draws plans as probable as the data's, 0 gives its most likely plan."""
     reverse_variance: ReverseVariance = "posterior"
     """Noise of a step: posterior or beta (Ho et al. 2020), or analytic, from the measured residual covariance."""
     guide: Literal["none", "at_noisy", "at_mean", "through_denoiser", "corrected", "jacobian"] = "none"
@@ -136,6 +138,12 @@ class PlannerConfig:
             )
         if not 0 <= self.eta <= 1:
             raise UserError(f"planner.eta is {self.eta}; it is from 0 to 1.")
+        if not 0 <= self.noise < float("inf") or (self.noise == 0 and self.candidates > 1):
+            raise UserError(
+                f"planner.noise is {self.noise}; it is at least 0, and above 0 with candidates, which it tells apart."
+            )
+        if self.particles > 1 and self.noise != 1:
+            raise UserError(f"planner.noise is {self.noise}, but particles weigh by the model's own noise: leave it at 1.")
         if self.guide_repeats < 1 or self.guide_lowest < 0:
             raise UserError(
                 f"planner.guide_repeats is {self.guide_repeats} and planner.guide_lowest {self.guide_lowest}; take at "

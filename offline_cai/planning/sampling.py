@@ -95,6 +95,7 @@ def draw(
         given = model.denoise, model.schedule, known, key, c.steps, c.particles, model.clip
         found = sequential(*given, **settings)
         return Drawn(found.x, found.log_weight, found.log_evidence)
+    settings["noise"] = c.noise
     x = _samples(model, known, key, c, c.candidates, settings, under_way if c.warm_start else None)
     if c.detours:
         last = x[:, :, -1:].expand_as(x)  # a plan of one leg stays where it ends
@@ -105,7 +106,7 @@ def draw(
         return Drawn(x, x.new_zeros(len(x), 1))
     nats = {name: _at_clean(part, x, temperature) for name, part in parts.items()}
     value = torch.stack(list(nats.values())).sum(0)
-    own = guide is unguided and not c.detours and under_way is None  # samples of the model, and no others
+    own = guide is unguided and c.noise == 1 and not c.detours and under_way is None  # samples of the model, and no others
     mean = value.logsumexp(1) - math.log(x.shape[1]) if own else None
     feasible = _feasible(model, c, x)
     if feasible is not None and not feasible.any(1).all():

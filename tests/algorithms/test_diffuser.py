@@ -4,16 +4,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from offline_cai import seeding
 from offline_cai.algorithms.diffuser import Diffuser, DiffuserConfig, GivenConfig
 from offline_cai.core import Episode, Known, Loss, Spec
+from offline_cai.data import arrays
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.diffusion.evidence import Goal, ReturnInUnits
 from offline_cai.errors import UserError
 from offline_cai.planning.config import EvidenceConfig, PlannerConfig
 from offline_cai.planning.tracking import Tracker
+from offline_cai.training import experiment, loop, sources
 
 SMALL = DiffuserConfig(rows=4, stride=2, channels=8, multipliers=(1, 2), levels=8)
 
@@ -248,6 +251,20 @@ def test_the_condition_is_dropped_for_its_share_of_the_windows(store: Trajectori
     told = diffuser._told(batch)
     assert told is not None and abs(float(told.isnan().float().mean()) - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 4000)
     assert (told[~told.isnan()].abs() <= 1).all()
+
+
+def test_a_budget_makes_the_data_the_posterior_over_whole_episodes(store: Trajectories, tmp_path: Path) -> None:
+    """Nearly all that three episodes can say, so that windows of the best one are nearly all that is drawn."""
+    data = str(arrays.write(tmp_path / "own.npz", store))
+    model = {"goal_field": None, "fields": ["observation"], "rows": 2, "stride": 1, "multipliers": [1]}
+    about = {"name": "a", "algorithm": "diffuser", "dataset": data, "training": {"batch_size": 256}}
+    exp = experiment.parse({**about, "model": {**model, "kl_budget": 1.09}}, "a test")
+    source = sources.build(exp, loop.build(exp, store), store, Accelerator(cpu=True), tmp_path)
+    best = torch.from_numpy(np.array(store.episode(int(store.returns.argmax())).obs)).float()
+    drawn = source(0).obs[:, 0]
+    assert float((drawn[:, None] == best).all(-1).any(1).float().mean()) > 0.98
+    with pytest.raises(UserError, match=r"kl_budget is 0\.0; it is a positive number of nats"):
+        dataclasses.replace(SMALL, kl_budget=0.0)
 
 
 def test_inverse_dynamics_finds_the_actions_between_states(spec: Spec) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from offline_cai import seeding
 from offline_cai.core import Batch, Episode, Spec
-from offline_cai.data.sampling import Hindsight, Mixture, Sampler, Weighted, return_weights
+from offline_cai.data.sampling import Hindsight, Mixture, Sampler, Weighted, return_weights, return_weights_for_kl
 from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 from offline_cai.errors import UserError
@@ -32,6 +32,17 @@ def test_return_weights_are_exponential_in_the_standardised_return() -> None:
     assert np.allclose(return_weights(np.ones(4), 0.1), 1)
     with pytest.raises(UserError, match="has to be positive"):
         return_weights(np.ones(4), 0.0)
+
+
+def test_weights_for_a_budget_are_that_far_from_all_alike() -> None:
+    """Of a Gaussian return the posterior is moved by sqrt(2 · budget) standard deviations."""
+    returns = RNG(0).normal(size=100_000) * 300 + 1000
+    w = return_weights_for_kl(returns, 0.5)
+    assert w.sum() == pytest.approx(1) and (w * np.log(len(w) * w)).sum() == pytest.approx(0.5, rel=1e-6)
+    assert (w @ returns - returns.mean()) / returns.std() == pytest.approx(1.0, abs=0.02)
+    for wrong in (np.log(3), -1.0):
+        with pytest.raises(UserError, match=r"kl_budget is .* positive and below log\(3\) = 1\.1"):
+            return_weights_for_kl(np.array([1.0, 2.0, 3.0]), wrong)
 
 
 @pytest.mark.parametrize("weights", [np.ones(2), np.array([1.0, -1.0, 1.0]), np.array([1.0, np.nan, 1.0]), np.zeros(3)])

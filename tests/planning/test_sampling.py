@@ -108,6 +108,19 @@ def test_at_noisy_has_the_settings_of_diffuser_s_code() -> None:
     assert means[1] > means[0] > means[3] > means[2]
 
 
+@pytest.mark.parametrize("way", [{}, {"sampler": "ddpm"}, {"sampler": "dpm"}])
+def test_noise_scales_what_plans_differ_by(way: dict[str, Any]) -> None:
+    """This model's estimates are linear in x, so its samples are linear in their noise; the most likely plan is zero."""
+    whole, half, none = (draw(model(), *nothing(5), PlannerConfig(steps=8, noise=s, **way)).x for s in (1.0, 0.5, 0.0))
+    assert torch.allclose(half, whole / 2) and float(whole.std()) > 0.5 and (none == 0).all()
+
+
+def test_candidates_with_less_noise_are_no_samples_of_the_model() -> None:
+    planner = PlannerConfig(steps=8, noise=0.5, candidates=4, evidence=GOAL)
+    drawn = draw(model(), *nothing(3), planner)
+    assert drawn.log_evidence is None and drawn.log_weight.exp().sum(1) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("bounds", [None, (0.1, 100.0)])
 def test_a_kl_budget_becomes_the_temperature_that_spends_it(bounds: tuple[float, float] | None) -> None:
     """A Gaussian return of standard deviation s: its posterior is s² / 2 / temperature² nats away."""
@@ -141,6 +154,9 @@ def test_what_cannot_be_done_is_named() -> None:
         ({"particles": 2}, "set it to ddpm"),
         ({"kl_samples": 1}, "two samples"),
         ({"target": 1.5}, "quantile from 0 to 1"),
+        ({"noise": -0.1}, "noise is -0.1; it is at least 0"),
+        ({"noise": 0.0, "candidates": 2}, "above 0 with candidates"),
+        ({"noise": 0.5, "particles": 2, "sampler": "ddpm"}, "leave it at 1"),
         ({"eta": -0.1}, "eta"),
         ({"condition_weight": math.inf}, "a number of at least 0"),
         ({"sampler": "dpm", "reverse_variance": "analytic"}, "dpm's steps have no noise"),
