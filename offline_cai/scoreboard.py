@@ -104,7 +104,7 @@ class Cell(NamedTuple):
     seed: int | None
     commands: tuple[str, ...]  # that make it alone
     fingerprint: str  # of what the recipe, its configs and its protocols say of it
-    run: Path  # the folder of its training
+    run: Path  # the folder of its training, which cells that differ in their evaluation alone share
     entry: Entry | None = None
 
     @property
@@ -158,7 +158,7 @@ def _trained(recipe: Scoreboard, entry: Entry, name: str, seed: int, runs: Path)
     evaluation.protocol(task.protocol, {k: v for k, v in evaluating.items() if not k.startswith("planner.")})
     made_from = config.override(config.read(path), training)
     fingerprint = _fingerprint([made_from, _protocol(task), _texts(entry.evaluate)])
-    run = runs / f"{_slug(f'{entry.label}/{name}/{seed}')}-{fingerprint[:8]}"
+    run = runs / f"{_slug(f'{path.stem}/{name}/{seed}')}-{_fingerprint(made_from)[:8]}"
     train = ["offline-cai", "train", entry.config, *_words(training), "--output", str(run)]
     evaluate = ["offline-cai", "evaluate", str(run), "--protocol", task.protocol, *_words(evaluating)]
     return Cell("trained", entry.label, name, seed, (shlex.join(train), shlex.join(evaluate)), fingerprint, run, entry)

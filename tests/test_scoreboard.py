@@ -80,6 +80,20 @@ def test_nothing_is_made_twice_and_a_changed_recipe_is_made_anew(
     assert todo == [False, False, False, True, True, False]
 
 
+def test_cells_that_differ_in_their_evaluation_alone_share_a_training(made: Path) -> None:
+    recipe = scoreboard.load("debug")
+    entry = recipe.entries[1]
+    again = replace(entry, label="again", evaluate={"planner.steps": 2})
+    longer = replace(entry, label="longer", flags={"training.steps": 5})
+    first, second, third = cells(made, replace(recipe, tasks={"umaze": recipe.tasks["umaze"]}, entries=(entry, again, longer)))[2:]
+    assert first.run == second.run != third.run and first.fingerprint != second.fingerprint
+    checkpoints = sorted((first.run / "checkpoints").rglob("*"))
+    assert scoreboard.run(recipe, [second], made / "more", quiet=True) == 0
+    made_anew = scoreboard.record(second, made / "more")
+    assert made_anew and made_anew["planner"]["steps"] == 2 and made_anew["cpu_minutes"]["train"] > 0
+    assert sorted((first.run / "checkpoints").rglob("*")) == checkpoints
+
+
 def test_the_commands_of_a_cell_make_it_alone(made: Path, tmp_path: Path) -> None:
     cell = cells(made)[5]
     assert cell.name == "Diffuser/umaze/0"
