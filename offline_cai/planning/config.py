@@ -143,7 +143,7 @@ class PlannerConfig:
                 f"planner.noise is {self.noise}; it is at least 0, and above 0 with candidates, which it tells apart."
             )
         if self.particles > 1 and self.noise != 1:
-            raise UserError(f"planner.noise is {self.noise}, but particles weigh by the model's own noise: leave it at 1.")
+            raise UserError(f"planner.noise is {self.noise}, but particles weigh by the model's own: leave it at 1.")
         if self.guide_repeats < 1 or self.guide_lowest < 0:
             raise UserError(
                 f"planner.guide_repeats is {self.guide_repeats} and planner.guide_lowest {self.guide_lowest}; take at "

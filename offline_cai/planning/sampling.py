@@ -106,7 +106,7 @@ def draw(
         return Drawn(x, x.new_zeros(len(x), 1))
     nats = {name: _at_clean(part, x, temperature) for name, part in parts.items()}
     value = torch.stack(list(nats.values())).sum(0)
-    own = guide is unguided and c.noise == 1 and not c.detours and under_way is None  # samples of the model, and no others
+    own = not c.detours and under_way is None and c.noise == 1 and guide is unguided  # samples of the model alone
     mean = value.logsumexp(1) - math.log(x.shape[1]) if own else None
     feasible = _feasible(model, c, x)
     if feasible is not None and not feasible.any(1).all():

@@ -110,7 +110,7 @@ def test_at_noisy_has_the_settings_of_diffuser_s_code() -> None:
 
 @pytest.mark.parametrize("way", [{}, {"sampler": "ddpm"}, {"sampler": "dpm"}])
 def test_noise_scales_what_plans_differ_by(way: dict[str, Any]) -> None:
-    """This model's estimates are linear in x, so its samples are linear in their noise; the most likely plan is zero."""
+    """This model's estimates are linear in x, so samples are linear in their noise; the most likely plan is zero."""
     whole, half, none = (draw(model(), *nothing(5), PlannerConfig(steps=8, noise=s, **way)).x for s in (1.0, 0.5, 0.0))
     assert torch.allclose(half, whole / 2) and float(whole.std()) > 0.5 and (none == 0).all()
 
