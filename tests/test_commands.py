@@ -210,6 +210,9 @@ def test_estimates_from_data_are_marked_as_such_and_need_no_simulator(
     store = minari.trajectories(dataset)
     assert facts["fitted Q"]["n"] == store.num_episodes and facts["discount"] == 0.99
     assert facts["data"]["mean"] == pytest.approx(store.return_to_go(0.99)[store.offsets[:-1]].mean())
+    page = report.write(bc).read_text()
+    assert "Estimated without a simulator" in page and "fitted Q evaluation, over first states alone" in page
+    assert f"{facts['fitted Q']['mean']:.1f}" in page and "keeps no log-probabilities" in page
     with pytest.raises(UserError, match="diffuser acts by plans"):
         evaluation_commands.off_policy(run)
     planner = commands.open_run(run).algorithm

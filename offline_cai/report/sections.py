@@ -18,6 +18,7 @@ from offline_cai.evaluation.film import film
 from offline_cai.files import read_json
 from offline_cai.report import page
 from offline_cai.report.runs import Run
+from offline_cai.report.scores import plus_minus
 
 ROWS = 20_000
 """Rows of a dataset that a histogram is made of, evenly spaced."""
@@ -152,6 +153,31 @@ def _guidance(run: Run) -> str:
     return page.heading(3, "Guidance") + page.table(["", "plan", "evaluate"], rows) + page.paragraph(note)
 
 
+def _off_policy(run: Run) -> str:
+    """What was estimated from the dataset alone, marked as that."""
+    facts = _json(run.folder / "off-policy" / "estimates.json")
+    if not facts:
+        return ""
+    found, fitted = facts["importance sampling"], facts["fitted Q"]
+    rows = [
+        ["the data themselves", plus_minus(facts["data"]), "", ""],
+        ["fitted Q evaluation, over first states alone", plus_minus(fitted), "", ""],
+    ]
+    said = f"Estimates from the dataset with discount {facts['discount']}, in raw return; no simulator was run."
+    if isinstance(found, str):
+        said += f" Importance sampling: {found}."
+    else:
+        effective = f"{found['effective']:.1f} of {found['n']}"
+        for name in ("episodes", "decisions"):
+            e = found[name]
+            interval = f"{page.number(e['low'])} to {page.number(e['high'])}"
+            rows.append([f"importance sampling, by {name}", page.number(e["value"]), interval, effective])
+        if found["effective"] < 10:
+            said += " So few effective samples leave importance sampling without meaning."
+    head = ["estimate", "discounted return", "95 % interval of its samples", "effective episodes"]
+    return page.heading(3, "Estimated without a simulator") + page.table(head, rows) + page.paragraph(said)
+
+
 def _cell(facts: Mapping[str, Any], name: str) -> str:
     return page.number(facts[name]) if name in facts else ""
 
@@ -183,6 +209,7 @@ ALL: Mapping[str, Callable[[Run], str]] = {
     "the pictures of a rollout": _rollout,
     "the distributions": _distributions,
     "the facts about guidance": _guidance,
+    "the estimates from data": _off_policy,
     "the facts about its making": _making,
 }
 """The sections by what they are called when they have to be left out."""
