@@ -44,6 +44,11 @@ def draw_maze(axes: Axes, maze: Maze) -> None:
         spine.set_visible(False)
 
 
+def _shape(maze: Maze) -> float:
+    """Height over width."""
+    return maze.walls.shape[0] / maze.walls.shape[1]
+
+
 def draw_path(axes: Axes, path: np.ndarray, goal: np.ndarray | None, rows: np.ndarray | None = None) -> None:
     """A path [L, 2] with its start, the goal (2) as a star and planned rows [R, 2] as dots."""
     axes.plot(*path.T, color=ACCENT, linewidth=1.6, solid_capstyle="round")
@@ -59,7 +64,7 @@ def grid(
 ) -> Figure:
     """Small multiples: one maze for each (path, goal, rows)."""
     lines = -(-len(paths) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(2.3 * columns, 2.3 * lines), squeeze=False)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(2.3 * columns, 2.3 * _shape(maze) * lines), squeeze=False)
     for panel in axes.flat:
         panel.axis("off")
     for panel, (path, goal, rows) in zip(axes.flat, paths, strict=False):
@@ -73,7 +78,8 @@ def grid(
 def executed(maze: Maze, paths: Mapping[str, Sequence[np.ndarray]], goal: np.ndarray) -> Figure:
     """One maze per policy with the paths [L, 2] that it took, faint, all to the same goal."""
     lines, columns = -(-len(paths) // 3), min(len(paths), 3)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(2.6 * columns, 2.9 * lines), squeeze=False)
+    size = 2.6 * columns, (2.6 * _shape(maze) + 0.3) * lines
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
     for panel in axes.flat[len(paths) :]:
         panel.axis("off")
     for panel, (name, some) in zip(axes.flat, paths.items(), strict=False):
@@ -99,7 +105,7 @@ class Choice(NamedTuple):
 def choices(maze: Maze, names: Sequence[str], panels: Sequence[Choice], columns: int = 3) -> Figure:
     """One maze for each plan: its candidates in the colour of what spoke against them, the chosen one and its path."""
     lines, columns = -(-len(panels) // columns), min(len(panels), columns)
-    height = 2.9 * maze.walls.shape[0] / maze.walls.shape[1] * lines + 0.5
+    height = 2.9 * _shape(maze) * lines + 0.5
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.9 * columns, height), squeeze=False)
     for panel in axes.flat[len(panels) :]:
         panel.axis("off")
