@@ -5,9 +5,9 @@ with networks and samplers of this package. Both sides in one run, one thread, C
 
 - a plan on the U-maze for 1, 20 and 64 states at once, medians of rounds in which all take turns; one of two legs on
   the large maze; a guided plan of hopper (guided_latency.py);
-- minutes of training to a score of 100. Both are trained piece by piece and evaluated after each, the original until it
-  scores 100 or `--minutes` are used up; it is given our tracker as well as its own, and the better one counts. What is
-  trained is kept in `--runs`, and the same command goes on from there.
+- minutes of training to a score of 100. Ours, whose learning rate decays, is trained anew for 150 steps, 300, 600 and so
+  on; the original piece by piece, until it scores 100 or `--minutes` are used up. It is given our tracker as well as its
+  own, and the better one counts. What is trained is kept in `--runs`, and the same command goes on from there.
 
 It collects the datasets where they are missing. The last line is one JSON object; ratios are the original's over ours.
 """
@@ -39,7 +39,8 @@ ORIGINAL, OURS, LARGE = (
     "planner-pointmaze-large",
 )
 TRACKERS = {"its own": "{kp: 1.0, kd: 1.0}", "ours": "{kp: 10.0, kd: 4.0}"}
-PIECE = {ORIGINAL: 50, OURS: 100}  # optimiser steps between evaluations
+PIECE = 50  # optimiser steps of the original between evaluations
+SHORTEST = 150  # of ours, then twice as many
 EARLY, STARTS = 20, 50  # episodes of the evaluations while training, and of the last
 SEED = 4000  # of starts that nothing was tuned on
 
@@ -81,14 +82,16 @@ def references(run: Path, episodes: int) -> dict[str, evaluation.Result]:
     return evaluation.evaluate(protocol, policies, algorithm.spec, quiet=True)
 
 
-def to_hundred(name: str, run: Path, most: float, trackers: Mapping[str, str]) -> dict[str, Any]:
-    """Train piece by piece until a tracker scores 100, or for so many CPU minutes; with the scores on the way."""
-    curve: list[dict[str, Any]] = []
-    kept = run.with_name(f"{run.name}.curve.json")
-    if kept.is_file():
-        curve = json.loads(kept.read_text())
+def to_hundred(name: str, runs: Path, most: float, trackers: Mapping[str, str], anew: bool) -> dict[str, Any]:
+    """Train longer and longer until a tracker scores 100, or for so many CPU minutes; with the scores on the way.
+
+    `anew` begins each time from the first step, with a schedule of that length; otherwise the run goes on.
+    """
+    kept = runs / f"{name}.curve.json"
+    curve: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.is_file() else []
     while not curve or (max(curve[-1]["scores"].values()) < 100 and curve[-1]["minutes"] < most):
-        steps = PIECE[name] * (len(curve) + 1)
+        steps = SHORTEST << len(curve) if anew else PIECE * (len(curve) + 1)
+        run = runs / (f"{name}-{steps}" if anew else name)
         minutes = trained(name, run, steps)
         scores = {
             label: float(np.mean(score(run, EARLY, {"planner.tracker": gains} if gains else None).scores))
@@ -130,13 +133,13 @@ def main() -> None:
     runs: Path = arguments.runs
     runs.mkdir(parents=True, exist_ok=True)
 
-    ours = to_hundred(OURS, runs / "ours-early", arguments.minutes, {"its own": ""})
-    original = to_hundred(ORIGINAL, runs / "original", arguments.minutes, TRACKERS)
+    ours = to_hundred(OURS, runs, arguments.minutes, {"its own": ""}, anew=True)
+    original = to_hundred(ORIGINAL, runs, arguments.minutes, TRACKERS, anew=False)
     minutes, composed = trained(OURS, runs / "ours"), trained(LARGE, runs / "large")
 
     final = score(runs / "ours", STARTS)
     best = max(original["curve"][-1]["scores"], key=original["curve"][-1]["scores"].get)
-    theirs = score(runs / "original", STARTS, {"planner.tracker": TRACKERS[best]})
+    theirs = score(runs / ORIGINAL, STARTS, {"planner.tracker": TRACKERS[best]})
     beside = references(runs / "ours", STARTS)
     print(f"\nscores over {STARTS} starts of their own, ± standard error of the mean")
     rows = {f"ours, {minutes:.1f} CPU minutes": final, f"original, {original['minutes']:.1f} CPU minutes": theirs}
@@ -144,7 +147,7 @@ def main() -> None:
         s, d = result.summary, paired(final.scores, result.scores)
         print(f"  {label:<34}{s.mean:>8.1f} ± {s.se:<6.1f}ours less it {d.mean:+.1f} ± {d.se:.1f}")
 
-    loaded = {"ours": runs / "ours", "original": runs / "original", "large": runs / "large"}
+    loaded = {"ours": runs / "ours", "original": runs / ORIGINAL, "large": runs / "large"}
     planners: dict[str, Diffuser] = {}
     for name, run in loaded.items():
         algorithm = checkpoint.load(run)
