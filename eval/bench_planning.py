@@ -5,9 +5,9 @@ with networks and samplers of this package. Both sides in one run, one thread, C
 
 - a plan on the U-maze for 1, 20 and 64 states at once, medians of rounds in which all take turns; one of two legs on
   the large maze; a guided plan of hopper (guided_latency.py);
-- minutes of training to a score of 100. Ours, whose learning rate decays, is trained anew for 150 steps, 300, 600 and so
-  on; the original piece by piece, until it scores 100 or `--minutes` are used up. It is given our tracker as well as its
-  own, and the better one counts. What is trained is kept in `--runs`, and the same command goes on from there.
+- minutes of training to a score of 100. Ours, whose learning rate decays, is trained anew for 150 steps, 300, 600 and
+  so on; the original piece by piece, until it scores 100 or `--minutes` are used up. It is given our tracker as well as
+  its own, and the better one counts. What is trained is kept in `--runs`, and the same command goes on from there.
 
 It collects the datasets where they are missing. The last line is one JSON object; ratios are the original's over ours.
 """
