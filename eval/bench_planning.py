@@ -63,7 +63,8 @@ def trained(name: str, run: Path, steps: int | None = None, seed: int = 0) -> fl
 
 
 def last_step(run: Path) -> int:
-    return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    return int(json.loads(rows[-1])["step"]) if rows else 0
 
 
 def score(run: Path, episodes: int, flags: Mapping[str, str] | None = None) -> evaluation.Result:
