@@ -377,7 +377,7 @@ class Algorithm(nn.Module, ABC):
         """The loss of a phase, as sums: a function of parameters and batch; its noise comes from `batch.key`."""
 
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
-        """What `forward` gives, after setting the gradients that the phase's parameters hold to those of its terms / unit.
+        """What `forward` gives; sets the gradients that the phase's parameters hold to those of its terms / unit.
 
         Without autograd, for small networks on a CPU, where the entries are the samples; None: there is no such form.
         Tests hold it to `forward`.

@@ -16,6 +16,7 @@ from offline_cai.errors import UserError
 from offline_cai.policies import by_hand, dial
 from offline_cai.policies.acting import OfflineActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Temperature
+from offline_cai.policies.distributions import Gaussian
 from offline_cai.policies.networks import LOG_STD, Actor, Critic, Value, follow, slow
 from offline_cai.policies.projection import Projection
 
@@ -130,6 +131,7 @@ class IQL(OfflineActorAlgorithm):
             return Loss({"critic_loss": loss}, n, {"q": self.returns.decode(q).mean(0).sum()})
         actor = by_hand.run(self.actor.body, obs)
         pi, log_std = self.actor.law(actor.out), self.actor.log_std
+        assert isinstance(pi, Gaussian)
         weight = self.projection.weights(given)
         z = (action - pi.mean) / pi.std
         actor.learn((weight / -unit)[:, None] * z / pi.std * (1 - pi.mean.square()))

@@ -87,10 +87,7 @@ class SAC(ActorAlgorithm):
     def backup(self, step: Transition, key: Tensor) -> Tensor:
         """What Q(s, a) should be: r + discount · V(s') [B], V by the slow copy."""
         after = self.normaliser.encode(step.next_obs)
-        if isinstance(self.target, Critic):
-            value = self._soft_value(after, self.target, key)
-        else:
-            value = self.target(after)
+        value = self._soft_value(after, self.target, key) if isinstance(self.target, Critic) else self.target(after)
         return step.reward + self.config.discount * torch.where(step.terminal, 0.0, value)
 
     @torch.no_grad()

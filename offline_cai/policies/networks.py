@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class Actor(nn.Module):
 
 class Critic(nn.Module):
     """Q(s, a) by `count` perceptrons side by side; of choices each gives all values at once."""
+
+    each: Any  # a ModuleList of perceptrons, which types cannot say
 
     def __init__(self, spec: Spec, hidden: Sequence[int], count: int = 2) -> None:
         super().__init__()

@@ -122,11 +122,9 @@ class TrainingState:
         """
         unit, sums = None, None
         for part in batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]:
-            loss = self.algorithm.by_hand(part, phase, len(part.key)) if self._by_hand else None
-            if loss is None:
-                loss, unit = self._by_autograd(part, phase, unit)
-            else:
-                unit = len(part.key)
+            samples = max(len(part.key), 1)
+            by_hand = self.algorithm.by_hand(part, phase, samples) if self._by_hand else None
+            loss, unit = self._by_autograd(part, phase, unit) if by_hand is None else (by_hand, samples)
             found = [*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)]
             part_sums = torch.stack([x.detach().to(self.vectors[phase].gradient) for x in found])
             sums = part_sums if sums is None else sums + part_sums
@@ -138,7 +136,7 @@ class TrainingState:
         return [*loss.terms, *loss.metrics], sums
 
     def _by_autograd(self, part: Batch, phase: str, unit: Tensor | int | None) -> tuple[Loss, Tensor | int]:
-        """Adds the gradient of a part's loss / unit to that of the parts before; the first one has no unit, but gives it."""
+        """Adds the gradient of a part's loss / unit to that of the parts before it; the first part finds the unit."""
         if unit is None:
             self.vectors[phase].gradient.zero_()
         with self.accelerator.autocast():
