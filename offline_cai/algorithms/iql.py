@@ -82,7 +82,7 @@ class IQL(OfflineActorAlgorithm):
 
     def _critic(self, batch: Batch) -> Loss:
         """Squared Bellman error with V of the next state (equation 6)."""
-        q = self.critic(*self._now(batch))
+        q = self.critic(*self.now(batch))
         loss = 0.5 * (q - self.backup(batch)).square().sum()
         return Loss({"critic_loss": loss}, len(batch.key), {"q": self.returns.decode(q.detach()).mean(0).sum()})
 
@@ -95,22 +95,19 @@ class IQL(OfflineActorAlgorithm):
 
     def _actor(self, batch: Batch) -> Loss:
         """Weighted regression (equation 7); `batch.returns` are the advantages."""
-        obs, action = self._now(batch)
+        obs, action = self.now(batch)
         loss = self.projection.loss(self.actor(obs).log_prob(action), batch.returns[:, 0])
         return Loss({"actor_loss": loss}, len(obs))
 
     @torch.no_grad()
     def least(self, batch: Batch) -> Tensor:
         """The target critics' minimum [B] for the data's actions, in units of the data's returns."""
-        return self.target(*self._now(batch)).amin(0)
+        return self.target(*self.now(batch)).amin(0)
 
     @torch.no_grad()
     def advantage(self, batch: Batch, q: Tensor) -> Tensor:
         """Q - V [B] of the data's actions, in units of reward, for `least` [B]."""
         return self.returns.scale * (q - self.value(self.normaliser.encode(batch.obs[:, 0])))
-
-    def _now(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.normaliser.encode(batch.obs[:, 0]), self.spec.to_unit(batch.action[:, 0, 0])
 
     @torch.no_grad()
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
@@ -118,7 +115,7 @@ class IQL(OfflineActorAlgorithm):
             return None
         if phase == "critic" and self.critic.choices:
             return None
-        obs, action = self._now(batch)
+        obs, action = self.now(batch)
         n, given = len(obs), batch.returns[:, 0]
         if phase == "value":
             value = by_hand.run(self.value.body, obs)
