@@ -111,9 +111,7 @@ class IQL(OfflineActorAlgorithm):
 
     @torch.no_grad()
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
-        if phase == "actor" and (self.actor.choices or self.actor.family != "gaussian"):
-            return None
-        if phase == "critic" and self.critic.choices:
+        if self.critic.choices or (phase == "actor" and self.actor.family != "gaussian"):
             return None
         obs, action = self.now(batch)
         n, given = len(obs), batch.returns[:, 0]

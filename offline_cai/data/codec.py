@@ -66,15 +66,11 @@ class Normaliser(nn.Module):
                 self.levels[column].copy_(torch.from_numpy(levels))
 
     def encode(self, x: Tensor) -> Tensor:
-        if self.kind == "none":
-            return x
         if self.kind == "quantile":
             return _piecewise(x, self.knots, self.levels, 1 / self.scale)
         return (x - self.shift) / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
-        if self.kind == "none":
-            return x
         if self.kind == "quantile":
             return _piecewise(x, self.levels, self.knots, self.scale)
         return x * self.scale + self.shift
@@ -203,8 +199,8 @@ class Codec(nn.Module):
         return slice(self.actions, self.actions + len(self.columns))
 
     def encode_steps(self, steps: Tensor) -> Tensor:
-        """Steps of segments to what their rows say of them, same shape."""
-        return (steps / SHORTEST).log() / math.log(LONGEST / SHORTEST) * 2 - 1
+        """Steps of segments, one at least, to what their rows say of them, same shape."""
+        return (steps.clamp(min=1) / SHORTEST).log() / math.log(LONGEST / SHORTEST) * 2 - 1
 
     def steps(self, x: Tensor) -> Tensor:
         """The steps of the segment that rows [..., R, D] say they make, [..., R]."""

@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,12 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Q(s, a) by `count` perceptrons side by side; of choices each gives all values at once."""
 
-    each: Any  # a ModuleList of perceptrons, which types cannot say
-
     def __init__(self, spec: Spec, hidden: Sequence[int], count: int = 2) -> None:
         super().__init__()
         self.choices = isinstance(spec.action, Discrete)
         sizes = (spec.obs_width, spec.unit_width) if self.choices else (spec.obs_width + spec.unit_width, 1)
-        self.each = nn.ModuleList(Perceptron(sizes[0], hidden, sizes[1]) for _ in range(count))
+        each = nn.ModuleList(Perceptron(sizes[0], hidden, sizes[1]) for _ in range(count))
+        self.each: Iterable[Perceptron] = each  # type: ignore[assignment]
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """[count, ..., B] for observations [B, O] and actions [..., B, U] (of choices also probabilities)."""
