@@ -59,14 +59,17 @@ def trained(name: str, run: Path, steps: int | None = None, seed: int = 0) -> fl
         collect.collect(recipe, quiet=True)
     began = time.process_time()
     if not commands.is_run(run) or last_step(run) < exp.training.steps:
-        commands.train(exp, run, resume=commands.is_run(run), quiet=True)
-        minutes += (time.process_time() - began) / 60
-        kept.write_text(json.dumps(minutes))
+        try:
+            commands.train(exp, run, resume=commands.is_run(run), quiet=True)
+        finally:  # an interrupted training has saved what it did
+            minutes += (time.process_time() - began) / 60
+            kept.write_text(json.dumps(minutes))
     return minutes
 
 
 def last_step(run: Path) -> int:
-    rows = (run / "metrics.jsonl").read_text().splitlines()
+    file = run / "metrics.jsonl"
+    rows = file.read_text().splitlines() if file.is_file() else []
     return int(json.loads(rows[-1])["step"]) if rows else 0
 
 
@@ -173,6 +176,7 @@ def main() -> None:
         "composed_plan_ms": latency[1]["large"],
         **guided,
         "train_minutes_to_100": ours["minutes"],
+        "reached_100": ours["reached"],
         "original_train_minutes_to_100": original["minutes"],
         "original_reached_100": original["reached"],
         "train_minutes_ratio": original["minutes"] / ours["minutes"],
@@ -180,8 +184,8 @@ def main() -> None:
         "score_se": final.summary.se,
         "original_score": theirs.summary.mean,
         "original_score_at_equal_training": max(early, default=None),
-        "score_ratio": final.summary.mean / max(early) if early else None,
-        "score_ratio_at_the_end": final.summary.mean / theirs.summary.mean,
+        "score_ratio": final.summary.mean / max(early) if early and max(early) > 0 else None,
+        "score_ratio_at_the_end": final.summary.mean / theirs.summary.mean if theirs.summary.mean > 0 else None,
         "controller": beside["controller without noise"].summary.mean,
         "occupancy_path": beside["occupancy path"].summary.mean,
         "train_minutes": minutes,

@@ -1,7 +1,9 @@
 """How long a guided plan of hopper takes: ours, and the original recipe's at its own sizes.
 
-Both draw 64 plans of one state and choose one by the learned return. The weights are untrained: what they are does not
-change the time. `python eval/guided_latency.py` prints one JSON object; `bench_planning.py` asks for it as well.
+Both draw 64 plans of one state and choose one by the learned return. The original's are steered by its gradient at each
+level as well; ours are short and learned from the posterior over whole episodes, so that ranking is all that is left.
+The weights are untrained: what they are does not change the time. `python eval/guided_latency.py` prints one JSON
+object; `bench_planning.py` asks for it as well.
 """
 
 from __future__ import annotations

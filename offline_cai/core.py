@@ -281,14 +281,17 @@ class Plan(NamedTuple):
     def reasons(self) -> tuple[list[str], Tensor]:
         """The parts of the evidence, and of each plan [N, n] the number of the one that speaks most against it.
 
-        Compared with the chosen plan, which has -1; so have all where there is nothing to compare them by.
+        Compared with the chosen plan, which has -1; so have all where there is nothing to compare them by. The last
+        name, "infeasible", is of plans with more evidence than the chosen one.
         """
         if self.nats is None:
             return [], torch.full(self.log_weight.shape, -1)
         nats = torch.stack(list(self.nats.values()))  # [parts, N, n]
         chosen = self.chosen[:, None]
         own = nats.gather(2, chosen.expand(len(nats), -1, 1))
-        return list(self.nats), (nats - own).argmin(0).scatter(1, chosen, -1)
+        reason = (nats - own).argmin(0)
+        reason[self.log_weight > self.log_weight.gather(1, chosen)] = len(nats)
+        return [*self.nats, "infeasible"], reason.scatter(1, chosen, -1)
 
 
 class Policy(Protocol):

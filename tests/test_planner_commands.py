@@ -16,7 +16,7 @@ from offline_cai.planning.support import SupportConfig
 from offline_cai.training import experiment
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:none of the:offline_cai.errors.Notice"
+    "ignore:no candidate of:offline_cai.errors.Notice"
 )  # so small a model may find none
 
 

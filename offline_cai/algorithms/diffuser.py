@@ -120,6 +120,10 @@ class DiffuserConfig:
                 "segments have no fixed stride and no actions between their rows: set stride: 1, actions: false and "
                 "inverse_dynamics: false."
             )
+        if self.segments and (self.kl_budget is not None or self.condition_dropout is not None):
+            raise UserError(
+                "segments are parts of episodes, without returns: leave kl_budget and condition_dropout at null."
+            )
         if self.segments and self.planner.execute != "pursue":
             raise UserError("segments have no fixed time between their rows: set planner.execute: pursue.")
         if self.planner.evidence.duration and not self.segments:
@@ -236,11 +240,27 @@ class Diffuser(Algorithm):
                 "out, or plan without it."
             )
         evidence = c.planner.evidence
+        if c.support is None and (evidence.support or c.planner.detours):
+            raise UserError(
+                "planner.evidence.support and planner.detours need to know where the data has been: set model.support."
+            )
+        if c.planner.detours and (
+            not c.goal_field or c.support is None or c.goal_columns != c.support.columns or c.given
+        ):
+            raise UserError(
+                "planner.detours lead through places to a goal: set model.goal_field, with goal_columns as "
+                "model.support.columns, and leave model.given empty."
+            )
+        if c.planner.detours and any(goal.row not in (None, -1) for goal in evidence.goals):
+            raise UserError("planner.detours double the rows of plans: goals of evidence are for row -1 then, or null.")
         for name, used in (
             ("goal_columns", c.goal_columns if c.goal_field else ()),
             ("the tracker's columns", c.planner.tracker.columns if c.planner.execute == "track" else ()),
             ("the columns of model.given", [column for part in c.given for column in part.columns]),
-            ("the pursuit's positions", c.planner.pursuit.position if c.planner.execute == "pursue" else ()),
+            (
+                "the pursuit's positions",
+                c.planner.pursuit.position if c.planner.execute == "pursue" or evidence.length else (),
+            ),
             ("the support's columns", () if c.support is None else c.support.columns),
             ("the evidence's columns", evidence.columns),
         ):
@@ -260,11 +280,13 @@ class Diffuser(Algorithm):
         divisor = self.network.divisor
         if self.config.network == "mlp" and rows != self.config.rows:
             raise UserError(f"{name} is {rows}, but a perceptron plans the {self.config.rows} rows it was made for.")
-        if rows < 2 or rows % divisor:
+        if rows < 2:
+            raise UserError(f"{name} is {rows}, but a plan needs two rows or more.")
+        if rows % divisor:
             below = max(rows // divisor * divisor, divisor, 2)
             raise UserError(
                 f"{name} is {rows}, but a U-Net of {len(self.config.multipliers)} levels needs a multiple of "
-                f"{divisor}, and a plan needs two rows or more: take {below} or {below + divisor}."
+                f"{divisor}: take {below} or {below + divisor}."
             )
 
     @property

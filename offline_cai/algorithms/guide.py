@@ -71,6 +71,10 @@ class Guide(Algorithm):
 
     def __init__(self, spec: Spec, config: GuideConfig) -> None:
         diffuser = _diffuser(spec, config)
+        if diffuser.config.segments:
+            raise UserError(
+                "a Diffuser of segments has no returns to learn: train the guide with model.diffuser.segments: false."
+            )
         super().__init__(spec, replace(config, diffuser=diffuser.config))
         self._complete = config.denoiser is None or config.diffuser is None
         self.diffuser = diffuser.requires_grad_(config.denoiser is None)

@@ -1,7 +1,5 @@
 """A residual perceptron over whole trajectories: what a temporal U-Net is for, at a fraction of its cost."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 
@@ -33,11 +31,10 @@ class TemporalMLP(nn.Module):
         self, width: int, rows: int, hidden: int = 512, blocks: int = 4, embedding: int = 64, condition: int = 0
     ) -> None:
         super().__init__()
-        sizes = [embedding, embedding, embedding]
-        layers: list[nn.Module] = [SinusoidalEmbedding(embedding)]
-        for before, after in pairwise(sizes):
-            layers += [nn.Linear(before, after), nn.SiLU()]
-        self.embed = nn.Sequential(*layers)
+        hidden_layer = nn.Linear(embedding, embedding), nn.SiLU()
+        self.embed = nn.Sequential(
+            SinusoidalEmbedding(embedding), *hidden_layer, nn.Linear(embedding, embedding), nn.SiLU()
+        )
         self.first, self.last = nn.Linear(rows * width, hidden), nn.Linear(hidden, rows * width)
         self.blocks = nn.ModuleList(FilmBlock(hidden, embedding) for _ in range(blocks))
         nn.init.zeros_(self.last.weight)

@@ -33,6 +33,13 @@ class EvidenceConfig:
     duration: float = 0.0
     """Nats that a plan pays for each time step that it takes (model.segments)."""
 
+    def __post_init__(self) -> None:
+        for name in ("length", "support", "margin", "duration"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(
+                    f"planner.evidence.{name} is {getattr(self, name)}; take a finite number of at least 0."
+                )
+
     @property
     def constraints(self) -> tuple[Inside | Outside | HalfSpace, ...]:
         return (*self.inside, *self.outside, *self.half_spaces)
@@ -54,7 +61,7 @@ class PlannerConfig:
     eta: float = 0.0
     """Noise of ddim's steps: 0 is none, 1 as much as ddpm's."""
     noise: float = 1.0
-    """Scale of all noise of the sampler: 1 draws plans as probable as the data's, 0 gives its most likely plan."""
+    """Scale of all noise of the sampler: 1 draws plans as varied as the data's, 0 the one in their middle."""
     reverse_variance: ReverseVariance = "posterior"
     """Noise of a step: posterior or beta (Ho et al. 2020), or analytic, from the measured residual covariance."""
     guide: Literal["none", "at_noisy", "at_mean", "through_denoiser", "corrected", "jacobian"] = "none"
@@ -122,6 +129,8 @@ class PlannerConfig:
             raise UserError(
                 f"planner.detours is {self.detours}; it is at least 0, and 0 with particles: they are candidates."
             )
+        if self.keep and self.particles > 1:
+            raise UserError("planner.keep makes the plan under way a candidate: leave planner.particles at 1.")
         if (self.keep or self.warm_start is not None) and (
             self.replan is None or self.execute not in ("track", "pursue")
         ):

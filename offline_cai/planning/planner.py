@@ -66,7 +66,8 @@ class Planner:
         if execute == "track" and spec.dt is None:
             raise UserError(
                 "tracking needs the seconds per time step, and this dataset does not tell them: collect it with "
-                "`offline-cai collect`, or execute the plan's own actions (planner.execute: actions)."
+                "`offline-cai collect`, pursue the plan's path (planner.execute: pursue), or execute its own actions "
+                "(actions)."
             )
         if replan is not None and replan < 1:
             raise UserError(f"planner.replan is {replan}; take a number of steps of at least 1, or null for never.")
@@ -80,6 +81,12 @@ class Planner:
             )
         self.propose, self._seed, self.tracker = propose, seed, tracker
         self._execute, self._replan, self.pursuit, self._go_on = execute, replan, pursuit or Pursuit(), go_on
+        if execute != "actions" and len(self.position) != spec.action_width:
+            raise UserError(
+                f"to {execute} plans pulls along {len(self.position)} positions, but there are {spec.action_width} "
+                "actions: only an environment with a force for each position can be driven so. Execute the plan's own "
+                "actions instead (planner.execute: actions)."
+            )
         self._low, self._high = np.array(spec.box.low), np.array(spec.box.high)
         self._courses: list[_Course | None] = []
         self._episode, self._plan_number = np.zeros((2, 0), dtype=int)
@@ -107,12 +114,13 @@ class Planner:
         if not self._courses:
             self._courses = [None] * len(obs)
             self._episode, self._plan_number = np.zeros((2, len(obs)), dtype=int)
-        fresh = [i for i, course in enumerate(self._courses) if course is None]
         due = [i for i, course in enumerate(self._courses) if course is not None and course.time == self._replan]
-        if fresh or (due and not self._go_on):
-            self._plan(obs, sorted(fresh + due) if not self._go_on else fresh, None)
-        if due and self._go_on:
-            self._plan(obs, due, self._left(obs, due))
+        going_on = due if self._go_on else []
+        anew = [i for i, course in enumerate(self._courses) if course is None or (i in due and not self._go_on)]
+        if anew:
+            self._plan(obs, anew, None)
+        if going_on:
+            self._plan(obs, going_on, self._left(obs, going_on))
         action = np.stack([self._action(course, row) for course, row in zip(self._courses, obs, strict=True)])  # type: ignore[arg-type]
         return np.clip(action, self._low, self._high), None
 
@@ -149,15 +157,22 @@ class Planner:
     def _left(self, obs: np.ndarray, which: list[int]) -> Plan:
         """What is left of the plans of environments, in as many rows as they have, from the present state on."""
         courses = [self._courses[i] for i in which]
-        left = [self._rest(course, row[self._columns]) for course, row in zip(courses, obs[which], strict=True)]  # type: ignore[arg-type]
+        left = [
+            self._rest(course, row[self._columns], row[self._state])  # type: ignore[arg-type]
+            for course, row in zip(courses, obs[which], strict=True)
+        ]
         rows, steps = zip(*left, strict=True)
         plan = Plan.one_each(torch.from_numpy(np.stack(rows)).float(), None, courses[0].stride)  # type: ignore[union-attr]
         return plan if steps[0] is None else plan._replace(steps=torch.tensor(steps)[:, None])
 
-    def _rest(self, course: _Course, state: np.ndarray) -> tuple[np.ndarray, float | None]:
-        """The rows that lie ahead, stretched over all rows where they have no times, and the steps that they take."""
+    def _rest(self, course: _Course, state: np.ndarray, here: np.ndarray) -> tuple[np.ndarray, float | None]:
+        """The rows that lie ahead, stretched over all rows where they have no times, and the steps that they take.
+
+        `state` is the present row, `here` what the pursuit reads.
+        """
         number = np.arange(len(course.rows), dtype=float)
         if self._execute == "pursue":
+            course.at = self.pursuit.advance(course.script, course.at, here)
             begun, share = self.pursuit.progress(course.rows, course.at)
             at = begun + (number[-1] - begun) * number / number[-1]
             left = None if course.steps is None else course.steps * (1 - share)

@@ -70,9 +70,10 @@ def draw(
 ) -> Drawn:
     """Plans for the known rows [N, R, D], with random keys [N].
 
-    Without candidates or particles there is one sample each. Candidates weigh by their evidence; unless a guide steered
-    them they are samples of the model, so that these weights are proper and give the log-evidence. Where none of a
-    plan's candidates keeps all constraints and stays where the data has been, a notice says so.
+    Without candidates or particles there is one sample each. Candidates weigh by their evidence; if they are samples of
+    the model and nothing else (no guide, no detours, nothing under way, noise 1), these weights are proper and give the
+    log-evidence. Where none of a plan's samples keeps all constraints and stays where the data has been, a notice says
+    so.
 
     Args:
         temperature: in place of the config's, such as `temperature_of` finds.
@@ -94,38 +95,50 @@ def draw(
         settings |= {"evidence": together(*parts.values()), "temperature": temperature}
         given = model.denoise, model.schedule, known, key, c.steps, c.particles, model.clip
         found = sequential(*given, **settings)
-        return Drawn(found.x, found.log_weight, found.log_evidence)
+        feasible = _feasible(model, c, known, found.x)
+        return Drawn(found.x, found.log_weight, found.log_evidence, feasible=feasible)
     settings["noise"] = c.noise
     x = _samples(model, known, key, c, c.candidates, settings, under_way if c.warm_start else None)
     if c.detours:
-        last = x[:, :, -1:].expand_as(x)  # a plan of one leg stays where it ends
-        x = torch.cat([torch.cat([x, last], 2), _detours(model, known, key, c, settings)], 1)
+        x = torch.cat([_stretched(x), _detours(model, known, key, c, settings)], 1)
     if under_way is not None and c.keep:
         x = torch.cat([under_way[:, None], x], 1)
+    feasible = _feasible(model, c, known, x)
     if not parts or x.shape[1] == 1:
-        return Drawn(x, x.new_zeros(len(x), 1))
+        return Drawn(x, x.new_zeros(len(x), 1), feasible=feasible)
     nats = {name: _at_clean(part, x, temperature) for name, part in parts.items()}
     value = torch.stack(list(nats.values())).sum(0)
     own = not c.detours and under_way is None and c.noise == 1 and guide is unguided  # samples of the model alone
     mean = value.logsumexp(1) - math.log(x.shape[1]) if own else None
-    feasible = _feasible(model, c, x)
-    if feasible is not None and not feasible.any(1).all():
-        none = int((~feasible.any(1)).nonzero()[0])
-        warnings.warn(Notice(_no_way(model, c, known, none, x.shape[1])), stacklevel=2)
     return Drawn(x, value.log_softmax(1), mean, nats, feasible)
 
 
-def _feasible(model: Model, c: PlannerConfig, x: Tensor) -> Tensor | None:
-    """Whether plans [N, n, R, D] keep all constraints, and stay within two margins of the data; None: nothing asks."""
+def _stretched(x: Tensor) -> Tensor:
+    """Rows [N, n, R, D] as 2R rows, evenly spaced."""
+    rows = x.shape[2]
+    at = torch.linspace(0, rows - 1, 2 * rows, device=x.device).to(x)
+    low = at.long().clamp(max=rows - 2)
+    return torch.lerp(x[:, :, low], x[:, :, low + 1], (at - low)[:, None])
+
+
+def _feasible(model: Model, c: PlannerConfig, known: Known, x: Tensor) -> Tensor | None:
+    """Whether plans [N, n, R, D] keep all constraints, and stay within two margins of the data; None: nothing asks.
+
+    The first row is what it is. A notice says so where none of a state's plans does.
+    """
     if not c.evidence.constraints and not c.evidence.support:
         return None
-    rows = dense(model.codec.decode(x.flatten(0, 1))[0])
+    rows = dense(model.codec.decode(x.flatten(0, 1))[0])[:, 1:]
     kept = torch.ones(len(rows), dtype=torch.bool, device=x.device)
     for constraint in c.evidence.constraints:
         kept &= (constraint.violation(rows) <= SLACK * constraint.width).all(1)
     if c.evidence.support and model.support is not None:
         kept &= (model.support(rows[..., list(model.support.config.columns)]) <= 2 * c.evidence.margin).all(1)
-    return kept.view(x.shape[:2])
+    feasible = kept.view(x.shape[:2])
+    if not feasible.any(1).all():
+        none = int((~feasible.any(1)).nonzero()[0])
+        warnings.warn(Notice(_no_way(model, c, known, none, x.shape[1])), stacklevel=3)
+    return feasible
 
 
 def _require_near(model: Model, known: Known) -> None:
@@ -139,26 +152,35 @@ def _require_near(model: Model, known: Known) -> None:
     away = model.support(goal)
     if (away > model.support.config.far).any():
         worst = int(away.argmax())
-        place, nearest = (", ".join(f"{v:.3g}" for v in at) for at in (goal[worst], model.support.nearest(goal[worst])))
+        start = model.codec.decode(known.value[worst : worst + 1, :1])[0][0, 0, list(model.goal)]
+        places = model.support.reachable(start)
+        nearest = places[(places - goal[worst].to(places)).norm(dim=1).argmin()]
+        place, other = (", ".join(f"{v:.3g}" for v in at) for at in (goal[worst], nearest))
         raise UserError(
-            f"the goal ({place}) is {float(away[worst]):.2g} from the nearest place that the data has visited, "
-            f"({nearest}): plans know no way there. Take that place, or collect data around the goal."
+            f"the goal ({place}) is {float(away[worst]):.2g} from the nearest place that the data has visited: plans "
+            f"know no way there. The nearest that the data leads to is ({other}): take it, or collect data around the "
+            "goal."
         )
 
 
 def _no_way(model: Model, c: PlannerConfig, known: Known, plan: int, count: int) -> str:
     """Why none of the candidates of a plan is feasible."""
-    best = "the one with the most evidence is executed."
+    best = f"of its {count} candidates the one with the most evidence is executed."
     if model.support is not None and model.goal == model.support.config.columns:
         rows = model.codec.decode(known.value[plan : plan + 1])[0][0, :, list(model.goal)]
+        if not model.support.connected(rows[0], rows[-1]):
+            return f"the data leads no way from the start of a plan to its goal: {best}"
         if not model.support.connected(rows[0], rows[-1], c.evidence.constraints):
             return (
-                "the constraints leave no way from the start to the goal through the places that the data has visited: "
-                f"loosen one; of the {count} candidates {best}"
+                "the constraints leave no way from the start of a plan to its goal through the places that the data "
+                f"has visited: loosen one; {best}"
             )
+    asked = ["keeps all constraints"] * bool(c.evidence.constraints) + ["stays where the data has been"] * bool(
+        c.evidence.support
+    )
     return (
-        f"none of the {count} candidates of a plan keeps all constraints and stays where the data has been: {best} "
-        "More of them (planner.candidates, planner.detours) may find a way."
+        f"no candidate of a plan {' and '.join(asked)}: {best} More of them (planner.candidates, planner.detours) may "
+        "find a way."
     )
 
 
@@ -170,14 +192,15 @@ def _detours(model: Model, known: Known, key: Tensor, c: PlannerConfig, settings
             "model.goal_field."
         )
     own, codec = seeding.split(seeding.split(key, 1)[:, 0], c.detours).flatten(), model.codec
+    one, two = seeding.split(own, 2).unbind(1)
     via = torch.zeros(len(own), known.value.shape[1], len(codec.columns)).to(known.value)
-    via[..., list(model.support.config.columns)] = model.support.draw(own)[:, None]
+    via[..., list(model.support.config.columns)] = model.support.draw(own, c.evidence.constraints)[:, None].to(via)
     via, goal = codec.obs_norm.encode(via), [codec.actions + column for column in model.goal]
     first, second = (Known(*(part.repeat_interleave(c.detours, 0) for part in known)) for _ in range(2))
     first.value[:, -1, goal] = via[:, -1, list(model.goal)]
-    legs = [_samples(model, first, seeding.split(own, 2)[:, 0], c, 1, settings)[:, 0]]
+    legs = [_samples(model, first, one, c, 1, settings)[:, 0]]
     second.value[:, 0, codec.state] = legs[0][:, -1, codec.state]
-    legs.append(_samples(model, second, seeding.split(own, 2)[:, 1], c, 1, settings)[:, 0])
+    legs.append(_samples(model, second, two, c, 1, settings)[:, 0])
     if codec.span:
         both = codec.encode_steps(codec.steps(legs[0]) + codec.steps(legs[1]))
         for leg in legs:
@@ -269,7 +292,9 @@ def _guide(model: Model, known: Known, c: PlannerConfig, temperature: float) -> 
             guide = partial(guide, repeats=c.guide_repeats, lowest=c.guide_lowest)
     constraints = [ConstraintInUnits(model.codec, constraint) for constraint in c.evidence.constraints]
     if constraints:
-        check_feasible(constraints, known)
+        free = known.mask.clone()
+        free[:, 0] &= c.evidence.project  # where a plan begins is what it is, unless projection has to move it
+        check_feasible(constraints, Known(known.value, free))
     if constraints and c.evidence.project:
         guide = partial(projected, guide=guide, constraints=constraints)
     return guide

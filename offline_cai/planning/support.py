@@ -85,48 +85,63 @@ class Support(nn.Module):
     def forward(self, points: Tensor) -> Tensor:
         """How far points [..., 2] are from where the data has been, [...]; bilinear between the cells' centres."""
         c = self.config
-        at = ((points.to(self.origin) - self.origin) / c.cell - 0.5).clamp(0, c.cells - 1.001)
+        asked = (points.to(self.origin) - self.origin) / c.cell - 0.5
+        at = asked.clamp(0, c.cells - 1.001)
+        beyond = (asked - at).norm(dim=-1) * c.cell  # outside the grid
         low = at.floor()
         part, (i, j) = at - low, low.long().unbind(-1)
         u, v = part.unbind(-1)
         flat, index = self.distance.flatten(), i * c.cells + j
         below = torch.lerp(flat[index], flat[index + 1], v)
-        return torch.lerp(below, torch.lerp(flat[index + c.cells], flat[index + c.cells + 1], v), u)
+        return torch.lerp(below, torch.lerp(flat[index + c.cells], flat[index + c.cells + 1], v), u) + beyond
 
-    def draw(self, key: Tensor) -> Tensor:
-        """A place [N, 2] for each of keys [N], uniform over the cells that the data has visited."""
-        cell = self._visited[seeding.integers(key, len(self._visited))].to(self.origin.dtype)
+    def draw(self, key: Tensor, constraints: Sequence[Constraint] = ()) -> Tensor:
+        """A place [N, 2] for each of keys [N], uniform over the visited cells whose centres keep the constraints.
+
+        Raises:
+            UserError: none does.
+        """
+        free = self._free(constraints)
+        if not len(free):
+            raise UserError("no place that the data has visited keeps all constraints: loosen one.")
+        cell = free[seeding.integers(key, len(free))].to(self.origin.dtype)
         return self.origin + (cell + seeding.uniform(key, (2,), stream=1).to(cell)) * self.config.cell
 
-    @property
-    def _visited(self) -> Tensor:
-        """Row and column [M, 2] of each visited cell."""
-        return (self.distance == 0).nonzero()
+    def _free(self, constraints: Sequence[Constraint] = ()) -> Tensor:
+        """Row and column [M, 2] of each visited cell that keeps the constraints on these columns."""
+        cells, columns = (self.distance == 0).nonzero(), list(self.config.columns)
+        rows = self.origin.new_zeros(len(cells), 1, max(columns) + 1)
+        rows[:, 0, columns] = self._centres(cells)
+        keeps = torch.ones(len(cells), dtype=torch.bool, device=cells.device)
+        for constraint in constraints:
+            if set(constraint.columns) <= set(columns):
+                keeps &= constraint.violation(rows)[:, 0] <= 0
+        return cells[keeps]
 
     def _centres(self, cell: Tensor) -> Tensor:
         return self.origin + (cell + 0.5).to(self.origin.dtype) * self.config.cell
 
-    def nearest(self, point: Tensor) -> Tensor:
-        """The visited place [2] nearest to a point [2]: the centre of its cell."""
-        places = self._centres(self._visited)
-        return places[(places - point.to(places)).norm(dim=1).argmin()]
+    def reachable(self, start: Tensor, constraints: Sequence[Constraint] = ()) -> Tensor:
+        """The centres [M, 2] of the visited cells that a way through such cells joins to the one nearest a point [2].
+
+        All of them keep the constraints.
+        """
+        cells = self._free(constraints)
+        if not len(cells):
+            return self._centres(cells)
+        free = torch.zeros_like(self.distance, dtype=torch.bool)
+        free[cells[:, 0], cells[:, 1]] = True
+        part = torch.from_numpy(label(free.cpu().numpy(), np.ones((3, 3)))[0])[*cells.cpu().T]
+        here = int((self._centres(cells) - start.to(self.origin)).norm(dim=1).argmin())
+        return self._centres(cells[part.to(cells.device) == part[here]])
 
     def connected(self, start: Tensor, end: Tensor, constraints: Sequence[Constraint] = ()) -> bool:
         """Whether visited cells that keep the constraints lead from near one point [2] to near the other."""
-        cells, columns = self._visited, list(self.config.columns)
-        rows = self.origin.new_zeros(len(cells), 1, max(columns) + 1)
-        rows[:, 0, columns] = self._centres(cells)
-        for constraint in constraints:
-            if set(constraint.columns) <= set(columns):
-                keeps = constraint.violation(rows)[:, 0] <= 0
-                rows, cells = rows[keeps], cells[keeps]
+        cells = self._centres(self._free(constraints))
         if not len(cells):
             return False
-        free = torch.zeros_like(self.distance, dtype=torch.bool)
-        free[cells[:, 0], cells[:, 1]] = True
-        parts, _ = label(free.cpu().numpy(), np.ones((3, 3)))
-        ends = [cells[(rows[:, 0, columns] - point.to(rows)).norm(dim=1).argmin()].cpu() for point in (start, end)]
-        return bool(parts[tuple(ends[0])] == parts[tuple(ends[1])])
+        end = cells[(cells - end.to(cells)).norm(dim=1).argmin()]
+        return bool((self.reachable(start, constraints) == end).all(1).any())
 
 
 def dense(rows: Tensor, parts: int = 4) -> Tensor:

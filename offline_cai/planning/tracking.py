@@ -75,9 +75,9 @@ class Pursuit:
     """
 
     position: tuple[int, ...] = (0, 1)
-    """Columns of the planned state that hold positions."""
+    """Columns of a plan's row, and of the state (planner.state), that hold positions."""
     velocity: tuple[int, ...] = (2, 3)
-    """Columns of the planned state that hold velocities, in the same order."""
+    """Columns of the state that hold velocities, in the same order."""
     lookahead: float = 1.1
     """Metres along the path."""
     kp: float = 10.0
@@ -88,7 +88,7 @@ class Pursuit:
     def __post_init__(self) -> None:
         if len(self.position) != len(self.velocity):
             raise UserError("the pursuit needs one velocity column for each position column.")
-        if not self.lookahead > 0 or not np.isfinite([self.kp, self.kd]).all():
+        if not 0 < self.lookahead < float("inf") or not np.isfinite([self.kp, self.kd]).all():
             raise UserError(f"the pursuit's lookahead is {self.lookahead}; it has to be positive, and gains finite.")
 
     @property

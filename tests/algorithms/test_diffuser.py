@@ -167,7 +167,7 @@ def test_sizes_and_goals_that_do_not_fit_are_named(spec: Spec) -> None:
         ({"planner": PlannerConfig(execute="actions")}, "set actions: true"),
         ({"planner": PlannerConfig(execute="inverse")}, "set inverse_dynamics: true"),
         ({"planner": PlannerConfig(rows=7)}, r"planner.rows is 7.*multiple of 2.*take 6 or 8"),
-        ({"planner": PlannerConfig(rows=1)}, "take 2 or 4"),
+        ({"planner": PlannerConfig(rows=1)}, "needs two rows or more"),
         ({"loss_discount": 0.0}, "loss_discount"),
         ({"planner": PlannerConfig(guide="corrected")}, "set residual_windows"),
         ({"residual_windows": 9, "condition_dropout": 0.5}, "leave condition_dropout null"),

@@ -16,6 +16,7 @@ from offline_cai.environments.vector import Environments
 from offline_cai.errors import Notice, UserError
 from offline_cai.evaluation import references
 from offline_cai.evaluation.evaluate import Protocol, evaluate, protocol
+from offline_cai.planning.config import PlannerConfig
 from offline_cai.planning.planner import Planner
 from offline_cai.planning.tracking import Tracker
 
@@ -71,12 +72,18 @@ def test_shipped_protocols_make_their_environments(name: str, dataset: str) -> N
 def test_references_are_what_their_names_say(debug: Protocol, maze_spec: Spec, dataset: str) -> None:
     env = debug.make()
     setting = references.Setting(
-        maze_spec, Maze.of(env), minari.trajectories(dataset), {"noise": 0.5, "kp": 7.0}, Tracker(kp=3.0, kd=0.5), 8, 0
+        maze_spec,
+        Maze.of(env),
+        minari.trajectories(dataset),
+        {"noise": 0.5, "kp": 7.0},
+        PlannerConfig(tracker=Tracker(kp=3.0, kd=0.5)),
+        8,
+        0,
     )
     noisy, clean = (references.find(name)(setting) for name in ("controller", "controller without noise"))
     assert (noisy._noise, clean._noise, noisy._kp, clean._kp) == (0.5, 0.0, 7.0, 7.0)  # type: ignore[attr-defined]
     path = references.find("occupancy path")(setting)
-    assert isinstance(path, Planner) and path.tracker is setting.tracker, "the planner's own tracker and gains"
+    assert isinstance(path, Planner) and path.tracker is setting.planner.tracker, "the planner's own tracker and gains"
     assert path.act(env.reset(seed=0)[0]["observation"][[0, 1, 0, 1, 0, 1, 2, 3]][None])[0].shape == (1, 2)
     with pytest.raises(UserError, match="did you mean 'controller'"):
         references.find("controler")
@@ -85,7 +92,7 @@ def test_references_are_what_their_names_say(debug: Protocol, maze_spec: Spec, d
 def test_locomotion_needs_no_maze_and_its_references_say_so(dataset: str) -> None:
     hopper = dataclasses.replace(protocol("hopper"), episodes=2, environments=2)
     spec = env_spec(hopper.make())
-    setting = references.Setting(spec, None, minari.trajectories(dataset), {}, Tracker(), 1, 0)
+    setting = references.Setting(spec, None, minari.trajectories(dataset), {}, PlannerConfig(), 1, 0)
     result = evaluate(hopper, {"random": lambda: references.find("random")(setting)}, spec, quiet=True)["random"]
     assert np.allclose(result.normalised, 100 * (result.returns + 20.272305) / (3234.3 + 20.272305))
     assert result.normalised.max() < 10

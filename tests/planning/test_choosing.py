@@ -31,7 +31,7 @@ def test_the_heaviest_feasible_plan_is_chosen_and_the_others_have_a_reason() -> 
     assert [names[i] for i in reason[0, [0, 2]]] == ["support", "support"] and reason[:, 1].tolist() == [-1, -1]
     barred = plan._replace(feasible=torch.tensor([[True, False, True], [False, False, False]]))
     assert barred.chosen.tolist() == [2, 1], "none is feasible in the second: then the heaviest"
-    assert [barred.reasons[0][i] for i in barred.reasons[1][0, :2]] == ["support", "length"]
+    assert [barred.reasons[0][i] for i in barred.reasons[1][0, :2]] == ["support", "infeasible"]
     assert plan._replace(nats=None).reasons[0] == [] and (plan._replace(nats=None).reasons[1] == -1).all()
 
 
@@ -42,14 +42,14 @@ def test_candidates_tell_the_parts_of_their_evidence() -> None:
     assert drawn.nats is not None and list(drawn.nats) == ["goals", "constraints", "length"]
     total = torch.stack(list(drawn.nats.values())).sum(0)
     assert torch.allclose(drawn.log_weight, total.log_softmax(1))
-    rows = dense(2 * drawn.x.flatten(0, 1))  # raw units are twice as large
+    rows = dense(2 * drawn.x.flatten(0, 1))[:, 1:]  # raw units are twice as large; the first row is what it is
     clear = (rows.norm(dim=-1) >= 1 - 1e-4).all(1).view(50, 32)
     assert drawn.feasible is not None and torch.equal(drawn.feasible, clear) and 0 < clear.float().mean() < 1
 
 
 def test_where_no_candidate_is_feasible_a_notice_says_so() -> None:
     c = dataclasses.replace(CHOOSE, evidence=EvidenceConfig(outside=(dataclasses.replace(CIRCLE, radius=9.0),)))
-    with pytest.warns(Notice, match="none of the 8 candidates of a plan keeps all constraints"):
+    with pytest.warns(Notice, match="no candidate of a plan keeps all constraints: of its 8 candidates"):
         drawn = draw(model(), *nothing(5), c)
     assert drawn.feasible is not None and not drawn.feasible.any()
 
@@ -106,5 +106,28 @@ def test_constraints_that_cut_the_data_in_two_are_named() -> None:
     value = torch.zeros(1, ROWS, WIDTH, dtype=torch.float64)
     value[0, 0, 0], value[0, -1, 0] = -0.75, 0.75
     c = dataclasses.replace(CHOOSE, evidence=EvidenceConfig(outside=(CIRCLE,), support=10.0))
-    with pytest.warns(Notice, match="leave no way from the start to the goal"):
+    with pytest.warns(Notice, match="leave no way from the start of a plan to its goal"):
         draw(model(support=support, goal=(0, 1)), Known(value, mask), torch.tensor([1]), c)
+
+
+def test_places_beyond_the_grid_are_as_far_as_they_are() -> None:
+    support = Support(SupportConfig(cell=0.1, cells=32))
+    square = np.random.default_rng(0).uniform(-1, 1, size=(20_000, 2)).astype(np.float32)
+    support.fit(lambda discount=1.0: iter([Chunk(square, square[:, :1], square[:, 0])]), [0, 1])
+    far = support(torch.tensor([[-5.0, 0.0], [5.0, 0.0], [0.0, -5.0], [0.0, 5.0]]))
+    assert (far > 3.5).all() and (far < 4.5).all(), "four metres from the data, on every side"
+
+
+def test_detours_pass_where_the_constraints_allow_and_one_leg_is_stretched_to_their_rows() -> None:
+    support = Support(SupportConfig(cell=0.1, cells=64))
+    grid = np.stack(np.meshgrid(np.linspace(-2, 2, 81), np.linspace(-2, 2, 81)), -1).reshape(-1, 2).astype(np.float32)
+    support.fit(lambda discount=1.0: iter([Chunk(grid, grid[:, :1], grid[:, 0])]), [0, 1])
+    places = support.draw(torch.arange(2000), [CIRCLE])
+    assert ((places.norm(dim=1) > 0.9) & (places.abs().amax(1) < 2.2)).all()
+    with pytest.raises(UserError, match="no place that the data has visited keeps all constraints"):
+        support.draw(torch.arange(2), [dataclasses.replace(CIRCLE, radius=9.0)])
+    c = dataclasses.replace(CHOOSE, detours=3)
+    drawn = draw(model(support=support.double(), goal=(0, 1)), *nothing(2), c)
+    assert drawn.x.shape == (2, 11, 2 * ROWS, WIDTH)
+    one, whole = draw(model(), *nothing(2), CHOOSE).x[0, 0], drawn.x[0, 0]
+    assert torch.equal(one[[0, -1]], whole[[0, -1]]) and torch.allclose(whole[1], one[0] + (one[1] - one[0]) * 0.4)
