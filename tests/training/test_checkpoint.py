@@ -24,7 +24,9 @@ def save(folder: Path, spec: Spec, step: int = 1, keep: int = 2) -> Path:
 def test_a_checkpoint_is_written_again_only_if_its_source_has_gathered_more(tmp_path: Path, spec: Spec) -> None:
     first = (save(tmp_path, spec, 5) / "manifest.json").stat()
     again = (save(tmp_path, spec, 5) / "manifest.json").stat()
-    assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns), "reading it may change its atime alone"
+    assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns), (
+        "reading it may change its atime alone"
+    )
     bc = BC(spec, BCConfig(hidden=(4,)))
     export = checkpoint.Export("bc", bc.config, spec, bc.state_dict())
     path = checkpoint.save(tmp_path, 5, export, {"model/x": torch.arange(3.0)}, FACTS | {"source": {"note": 2}})
