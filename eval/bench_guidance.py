@@ -34,6 +34,7 @@ from offline_cai.diffusion.sampler import Denoise, Guide, ddpm, unguided
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.inference.gaussian import GaussianLaw, LinearGaussian, QuadraticReward
 from offline_cai.inference.temperatures import gaussian_temperature
+from offline_cai.networks.temporal_mlp import FilmBlock
 
 F64 = torch.float64
 HORIZON, WIDTH, LEVELS, NATS = 16, 3, 64, 5.0
@@ -155,22 +156,6 @@ def not_quadratic(last: bool) -> Task:
 # ---- the denoisers
 
 
-class Film(nn.Module):
-    """A residual layer whose hidden units are scaled and shifted by the level."""
-
-    def __init__(self, width: int, embedding: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
-        self.level = nn.Linear(embedding, 2 * width)
-        for layer in (self.second, self.level):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
-        scale, shift = self.level(embedding).chunk(2, -1)
-        return h + self.second(nn.functional.silu(self.first(h) * (1 + scale) + shift))
-
-
 class Mlp(nn.Module):
     """Rows [N, R, D] and levels [N] to rows: a residual MLP on the flattened rows."""
 
@@ -178,7 +163,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.embed = nn.Sequential(nn.Linear(17, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
         self.first, self.last = nn.Linear(HORIZON * WIDTH, width), nn.Linear(width, HORIZON * WIDTH)
-        self.layers = nn.ModuleList(Film(width, embedding) for _ in range(layers))
+        self.layers = nn.ModuleList(FilmBlock(width, embedding) for _ in range(layers))
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
