@@ -20,6 +20,7 @@ from offline_cai import seeding
 from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Plan, Spec, Step
 from offline_cai.data.codec import Codec, Normaliser, NormaliserKind
 from offline_cai.data.sampling import return_weights_for_kl
+from offline_cai.diffusion.constraints import allowed
 from offline_cai.diffusion.evidence import Evidence, Learned, fingerprint
 from offline_cai.diffusion.guidance import classifier_free
 from offline_cai.diffusion.residual import Residual, measure
@@ -561,6 +562,9 @@ class Diffuser(Algorithm):
                 found.append(self.temperature(obs, key, numbers))
             return self.plan(obs, key, found[0], numbers, under_way)
 
+        def clear(places: np.ndarray) -> np.ndarray:
+            return allowed(c.evidence.constraints, c.pursuit.position, torch.from_numpy(places), widths=1).numpy()
+
         execute = c.execute if c.execute in ("track", "pursue") else "actions"
         settings = {
             "tracker": c.tracker,
@@ -569,6 +573,7 @@ class Diffuser(Algorithm):
             "replan": c.replan,
             "go_on": c.keep or c.warm_start is not None,
             "state": c.state,
+            "clear": clear if c.evidence.constraints else None,
             **options,
         }
         return Planner(self.spec, self.config.fields, propose, seed, **settings)

@@ -185,6 +185,22 @@ class ConstraintInUnits:
         return torch.cat([x[..., : self.codec.actions], obs, x[..., self.codec.state.stop :]], -1)
 
 
+def allowed(
+    constraints: Sequence[Constraint], columns: Sequence[int], places: Tensor, widths: float = 0.0
+) -> Tensor:
+    """Whether places [..., c], `columns` of a row, keep the constraints that look at no other columns: [...].
+
+    They do if they are so many of a constraint's widths inside.
+    """
+    rows = places.new_zeros(*places.shape[:-1], max(columns) + 1)
+    rows[..., list(columns)] = places
+    keeps = torch.ones(places.shape[:-1], dtype=torch.bool, device=places.device)
+    for constraint in constraints:
+        if set(constraint.columns) <= set(columns):
+            keeps &= constraint.violation(rows) <= -widths * constraint.width
+    return keeps
+
+
 def project(constraints: Sequence[Constraint], known: Known, x: Tensor) -> Tensor:
     """x [N, R, D] moved until all constraints hold, within SLACK, with what is known in its place.
 

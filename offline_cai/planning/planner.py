@@ -34,7 +34,8 @@ class Planner:
     the proposer is then told what is left of the old one. A plan's noise is keyed by (seed, environment, its episode,
     its plan). When a plan is used up its last row is held. `execute` says how a plan becomes actions: "track" follows
     its states with the tracker, "pursue" their path without their times, "actions" plays its actions without looking at
-    the state. `fields` of the observation make a plan's rows, and those of `state` are what is executed by.
+    the state. `fields` of the observation make a plan's rows, and those of `state` are what is executed by. `clear` tells
+    of positions [..., d] whether one may be there: the pursuit then cuts no corner through others.
 
     Attributes:
         tracker: how planned states are followed.
@@ -62,6 +63,7 @@ class Planner:
         pursuit: Pursuit | None = None,
         go_on: bool = False,
         state: tuple[str, ...] | None = None,
+        clear: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         if execute == "track" and spec.dt is None:
             raise UserError(
@@ -81,6 +83,7 @@ class Planner:
             )
         self.propose, self._seed, self.tracker = propose, seed, tracker
         self._execute, self._replan, self.pursuit, self._go_on = execute, replan, pursuit or Pursuit(), go_on
+        self._clear = clear
         if execute != "actions" and len(self.position) != spec.action_width:
             raise UserError(
                 f"to {execute} plans pulls along {len(self.position)} positions, but there are {spec.action_width} "
@@ -130,7 +133,7 @@ class Planner:
         if self._execute == "pursue":
             course.at = self.pursuit.advance(script, course.at, state)
             self._deviates(script[course.at], state, self.pursuit.position)
-            return self.pursuit.action(script, course.at, state)
+            return self.pursuit.action(script, course.at, state, self._clear)
         if self._execute == "actions":
             return script[min(course.time - 1, len(script) - 1)]
         now, following = (script[min(t, len(script) - 1)] for t in (course.time - 1, course.time))

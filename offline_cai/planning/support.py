@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offline_cai import seeding
 from offline_cai.core import Chunks
 from offline_cai.data.codec import Codec
-from offline_cai.diffusion.constraints import Constraint
+from offline_cai.diffusion.constraints import Constraint, allowed
 from offline_cai.diffusion.sampler import Denoise
 from offline_cai.diffusion.schedule import Schedule
 from offline_cai.errors import UserError
@@ -109,14 +109,8 @@ class Support(nn.Module):
 
     def _free(self, constraints: Sequence[Constraint] = ()) -> Tensor:
         """Row and column [M, 2] of each visited cell that keeps the constraints on these columns."""
-        cells, columns = (self.distance == 0).nonzero(), list(self.config.columns)
-        rows = self.origin.new_zeros(len(cells), 1, max(columns) + 1)
-        rows[:, 0, columns] = self._centres(cells)
-        keeps = torch.ones(len(cells), dtype=torch.bool, device=cells.device)
-        for constraint in constraints:
-            if set(constraint.columns) <= set(columns):
-                keeps &= constraint.violation(rows)[:, 0] <= 0
-        return cells[keeps]
+        cells = (self.distance == 0).nonzero()
+        return cells[allowed(constraints, self.config.columns, self._centres(cells))]
 
     def _centres(self, cell: Tensor) -> Tensor:
         return self.origin + (cell + 0.5).to(self.origin.dtype) * self.config.cell

@@ -1,5 +1,6 @@
 """From planned rows to actions: upsampling in time and a PD controller."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,8 @@ from offline_cai.errors import UserError
 
 GRAIN = 1 / 32
 """Spacing of a pursued path's points, as a share of the lookahead."""
+NEAR, CHECKED = 4, 16
+"""The point that is pursued at least, and the places that are looked at on the way to one."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Tracker:
 class Pursuit:
     """Pursues a path without a timetable: action = kp (point ahead - position) - kd velocity, clipped.
 
-    The point is `lookahead` further along the path than the nearest one, so a plan's own slow speed does not matter.
+    The point is `lookahead` further along the path than the nearest one, so a plan's own slow speed does not matter;
+    or as far as the straight way there is clear, where something says which places are.
     """
 
     position: tuple[int, ...] = (0, 1)
@@ -117,7 +121,26 @@ class Pursuit:
         ahead = path[at : at + int(1.5 / GRAIN)]
         return at + int(np.linalg.norm(ahead - state[list(self.position)], axis=1).argmin())
 
-    def action(self, path: np.ndarray, at: int, state: np.ndarray) -> np.ndarray:
-        """The unclipped action [d] at a state [O'] whose nearest point is number `at`."""
-        ahead = path[min(at + round(1 / GRAIN), len(path) - 1)]
-        return self.kp * (ahead - state[list(self.position)]) - self.kd * state[list(self.velocity)]
+    def action(
+        self,
+        path: np.ndarray,
+        at: int,
+        state: np.ndarray,
+        clear: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """The unclipped action [d] at a state [O'] whose nearest point is number `at`.
+
+        `clear` tells of places [..., d] whether one may be there, [...] bool.
+        """
+        here, ahead = state[list(self.position)], path[at + 1 : at + 1 + round(1 / GRAIN)]
+        if not len(ahead):
+            ahead = path[-1:]
+        target = ahead[-1] if clear is None else ahead[self._in_sight(here, ahead, clear)]
+        return self.kp * (target - here) - self.kd * state[list(self.velocity)]
+
+    @staticmethod
+    def _in_sight(here: np.ndarray, ahead: np.ndarray, clear: Callable[[np.ndarray], np.ndarray]) -> int:
+        """The number of the furthest of the points [L, d] that a clear straight line leads to; NEAR where none does."""
+        share = np.linspace(0, 1, CHECKED + 1)[1:, None, None]
+        seen = np.flatnonzero(clear(here + share * (ahead - here)).all(0))
+        return max(int(seen[-1]) if len(seen) else 0, min(NEAR, len(ahead) - 1))

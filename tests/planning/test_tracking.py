@@ -53,3 +53,30 @@ def test_pursuit_does_not_jump_to_a_later_part_of_the_path_that_comes_near() -> 
     pursuit = Pursuit(lookahead=0.5)
     path = pursuit.path(np.array([[0.0, 0, 0, 0], [4, 0, 0, 0], [4, 0.01, 0, 0], [0, 0.01, 0, 0]]))
     assert pursuit.advance(path, 10, np.array([0.2, 0.01, 0, 0])) < 30
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_pursuit_with_sight_cuts_no_corner_through_what_is_barred(sees: bool) -> None:
+    """A unit mass on a half circle round a disc: with it in sight it stays out, without it goes straight through."""
+    pursuit, turn = Pursuit(lookahead=1.5, kp=10.0, kd=6.0), np.linspace(np.pi, 0, 40)
+    path = pursuit.path(np.stack([np.cos(turn), np.sin(turn)], axis=1))
+    state, at, nearest = np.array([-1.0, 0, 0, 0]), 0, np.inf
+
+    def clear(places: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(places, axis=-1) > 0.9
+
+    for _ in range(1500):
+        at = pursuit.advance(path, at, state)
+        force = np.clip(pursuit.action(path, at, state, clear if sees else None), -5, 5)
+        state = state + 0.01 * np.concatenate([state[2:], force])
+        nearest = min(nearest, np.linalg.norm(state[:2]))
+    assert np.linalg.norm(state[:2] - [1, 0]) < 0.02, "it arrives"
+    assert nearest > 0.85 if sees else nearest < 0.7
+
+
+def test_where_nothing_is_clear_pursuit_follows_its_path_closely() -> None:
+    pursuit = Pursuit(lookahead=1.0, kp=1.0, kd=0.0)
+    path = pursuit.path(np.array([[0.0, 0.0], [4.0, 0.0]]))
+    action = pursuit.action(path, 0, np.zeros(4), lambda places: np.zeros(places.shape[:-1], bool))
+    assert action == pytest.approx([5 / 32, 0])
+    assert pursuit.action(path, len(path) - 1, np.zeros(4), lambda places: places[..., 0] > 9) == pytest.approx([4, 0])
