@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -261,12 +261,17 @@ class Plan(NamedTuple):
         return self._replace(**moved, nats=nats)
 
     @property
+    def weight(self) -> Tensor:
+        """The weights [N, n] among each state's feasible plans, or among all where none is: they add up to one."""
+        if self.feasible is None:
+            return self.log_weight.softmax(1)
+        barred = ~self.feasible & self.feasible.any(1, keepdim=True)
+        return self.log_weight.masked_fill(barred, -torch.inf).softmax(1)
+
+    @property
     def chosen(self) -> Tensor:
         """Of each state the number [N] of the plan that weighs most, among the feasible ones if there are any."""
-        if self.feasible is None:
-            return self.log_weight.argmax(1)
-        barred = ~self.feasible & self.feasible.any(1, keepdim=True)
-        return self.log_weight.masked_fill(barred, -torch.inf).argmax(1)
+        return self.weight.argmax(1)
 
     @property
     def best(self) -> Plan:
@@ -303,6 +308,15 @@ class Policy(Protocol):
 
     def act(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Raw actions [N, A] for observations [N, O], and their log-probabilities [N] in [-1, 1] space if known."""
+        ...
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """A policy that can say how it acted."""
+
+    def account(self) -> dict[str, Any]:
+        """What JSON can hold, by name."""
         ...
 
 

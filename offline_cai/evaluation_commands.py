@@ -17,6 +17,7 @@ import torch
 
 from offline_cai import collect as collecting
 from offline_cai import config, report
+from offline_cai.algorithms.diffuser import Diffuser
 from offline_cai.commands import Run, diffuser_of, new_folder, note_stage, open_run
 from offline_cai.core import Algorithm, Episode, Policy
 from offline_cai.data import catalogue
@@ -33,7 +34,7 @@ from offline_cai.policies.acting import ActorAlgorithm
 from offline_cai.provenance import versions
 from offline_cai.spaces import require_same_spec
 
-EVALUATION_FILES = {"results.json", "paths.npz", "paths.png", "choices.png", "episodes.npz"}
+EVALUATION_FILES = {"results.json", "paths.npz", "paths.png", "choices.png", "routes.png", "episodes.npz"}
 KEPT = 10  # episodes of the policy whose observations and actions are kept, the first of as many environments
 
 
@@ -83,8 +84,8 @@ def evaluate(
                 for key, result in results.items()
                 if key != label
             },
-            "planner": _explain(policy, algorithm),
-            "guidance": _guided(policy, algorithm),
+            "planner": _explain(results[label].account, diffuser),
+            "guidance": _guided(results[label].account, diffuser),
             "checkpoint": run.checkpoint.name,
             "versions": versions(),
         }
@@ -94,8 +95,8 @@ def evaluate(
         np.savez_compressed(folder / "paths.npz", **arrays)
         _keep_episodes(folder / "episodes.npz", results[label].episodes, protocol)
         _draw_paths(folder / "paths.png", protocol, results)
-        if isinstance(policy, Planner) and policy.first is not None and policy.first.nats is not None:
-            _draw_choices(folder / "choices.png", protocol, policy, results[label].episodes)
+        if results[label].account.get("first"):
+            _draw_choices(folder, protocol, results[label])
     shutil.rmtree(kept.parent, ignore_errors=True)
     note_stage(run.folder, "evaluate", time.monotonic() - began)
     return {**data, "run": str(run.folder)}
@@ -145,24 +146,24 @@ def _draw_paths(path: Path, protocol: evaluation.Protocol, results: Mapping[str,
     env.close()
 
 
-def _draw_choices(path: Path, protocol: evaluation.Protocol, planner: Planner, episodes: list[Episode]) -> None:
-    """The candidates of the first plans and what was executed, where the environment is a maze."""
-    plans, env = planner.first, protocol.make()
-    if plans is not None and hasattr(env.unwrapped, "maze"):
-        spec = env_spec(env)
-        names, reason = plans.reasons
-        rows = plans.obs[..., list(planner.position)].numpy()
-        begun = episodes[:: protocol.episodes // protocol.environments][: min(len(rows), 6)]
+def _draw_choices(folder: Path, protocol: evaluation.Protocol, result: evaluation.Result) -> None:
+    """The candidates of the first plans and what was executed, and their routes, where the environment is a maze."""
+    env = protocol.make()
+    if hasattr(env.unwrapped, "maze"):
+        spec, maze, first = env_spec(env), Maze.of(env), result.account["first"]
+        begun = result.episodes[:: protocol.episodes // protocol.environments]
         panels = [
             plots.Choice(
-                rows[i],
-                reason[i].numpy(),
-                e.obs[:, spec.columns("achieved_goal")],
-                e.obs[0, spec.columns("desired_goal")],
+                rows=np.array(rows),
+                weight=np.array(weight),
+                reason=np.array(reason),
+                walked=e.obs[:, spec.columns("achieved_goal")],
+                goal=e.obs[0, spec.columns("desired_goal")],
             )
-            for i, e in enumerate(begun)
+            for rows, weight, reason, e in zip(first["rows"], first["weight"], first["reason"], begun, strict=False)
         ]
-        path.write_bytes(plots.png(plots.choices(Maze.of(env), names, panels)))
+        (folder / "choices.png").write_bytes(plots.png(plots.choices(maze, first["names"], panels)))
+        (folder / "routes.png").write_bytes(plots.png(plots.routes(maze, panels)))
     env.close()
 
 
@@ -191,39 +192,37 @@ def reference_policies(
     return {name: lambda make=make: make(setting) for name, make in found.items()}  # type: ignore[misc]
 
 
-def _explain(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
-    diffuser = diffuser_of(algorithm)
-    if not isinstance(policy, Planner) or diffuser is None:
+def _explain(account: Mapping[str, Any], diffuser: Diffuser | None) -> dict[str, Any]:
+    if diffuser is None:
         return {}
     c = diffuser.config
     rows = c.planner.rows or c.rows
     facts = {**config.to_dict(c.planner), "rows": rows, "stride": c.stride}
     if not c.segments:
         facts["horizon in steps"] = rows * c.stride
-    if not policy.plans_made:
+    if not account["plans"]:
         return facts
-    facts |= {"plans": policy.plans_made, "milliseconds per plan": 1000 * policy.seconds / policy.plans_made}
-    total, steps = policy.deviation
+    facts |= {"plans": account["plans"], "milliseconds per plan": 1000 * account["seconds"] / account["plans"]}
+    total, steps = account["deviation"]
     if steps:
         facts["deviation from the plan, mean"] = total / steps
-    if policy.feasible:
+    if feasible := account["feasible"]:
         facts |= {
-            "feasible candidates, share": float(np.mean(policy.feasible)),
-            "plans without a feasible candidate": sum(share == 0 for share in policy.feasible),
+            "feasible candidates, share": float(np.mean(feasible)),
+            "plans without a feasible candidate": sum(share == 0 for share in feasible),
         }
-    rejected = sum(policy.rejected.values())
-    return facts | {f"rejected for {name}, share": n / rejected for name, n in policy.rejected.items()}
+    rejected = sum(account["rejected"].values())
+    return facts | {f"rejected for {name}, share": n / rejected for name, n in account["rejected"].items()}
 
 
-def _guided(policy: Policy, algorithm: Algorithm) -> dict[str, Any]:
+def _guided(account: Mapping[str, Any], diffuser: Diffuser | None) -> dict[str, Any]:
     """How the plans that were executed were steered, and what their weights say; empty where nothing was."""
-    diffuser = diffuser_of(algorithm)
-    if not isinstance(policy, Planner) or diffuser is None:
+    if diffuser is None:
         return {}
-    guide, effective, evidence = diffuser.config.planner.guide, policy.effective, policy.log_evidence
-    if not policy.plans_made or (guide == "none" and not effective):
+    guide, effective, evidence = diffuser.config.planner.guide, account["effective"], account["log_evidence"]
+    if not account["plans"] or (guide == "none" and not effective):
         return {}
-    facts: dict[str, Any] = {"guide": guide, "temperature": policy.temperature, "plans": policy.plans_made}
+    facts: dict[str, Any] = {"guide": guide, "temperature": account["temperature"], "plans": account["plans"]}
     if effective:
         facts |= {
             "effective sample size, mean": float(np.mean(effective)),

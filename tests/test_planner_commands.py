@@ -48,8 +48,10 @@ def test_it_explains_how_it_chose(planned: Path) -> None:
     rows = np.load(planned / "plans" / "plans.npz")["rows"]
     assert rows.shape == (3, 32, 2), "two legs of 16 rows"
     page = report.write(planned).read_text()
-    assert "Candidates of the first plans" in page and page.count("data:image/png") >= 3
+    assert "Candidates of the first plans" in page and "The posterior over these" in page
+    assert page.count("data:image/png") >= 4
     assert (planned / "evaluation" / "choices.png").stat().st_size > 10_000
+    assert (planned / "evaluation" / "routes.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(

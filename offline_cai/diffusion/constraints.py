@@ -185,9 +185,7 @@ class ConstraintInUnits:
         return torch.cat([x[..., : self.codec.actions], obs, x[..., self.codec.state.stop :]], -1)
 
 
-def allowed(
-    constraints: Sequence[Constraint], columns: Sequence[int], places: Tensor, widths: float = 0.0
-) -> Tensor:
+def allowed(constraints: Sequence[Constraint], columns: Sequence[int], places: Tensor, widths: float = 0.0) -> Tensor:
     """Whether places [..., c], `columns` of a row, keep the constraints that look at no other columns: [...].
 
     They do if they are so many of a constraint's widths inside.

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from offline_cai import config
-from offline_cai.core import Episode, Policy, Spec
+from offline_cai.core import Episode, Explains, Policy, Spec
 from offline_cai.data import catalogue, scores
 from offline_cai.environments.make import WRAPPERS, env_spec, make
 from offline_cai.environments.rollout import Care, rollout
@@ -136,6 +136,7 @@ class Result:
     seconds: float
     episodes: list[Episode]
     care: Care  # the episodes that were cut or repeated
+    account: dict[str, Any]  # what the policy says of how it acted; empty: nothing
 
     @property
     def scores(self) -> np.ndarray:
@@ -182,25 +183,27 @@ def evaluate(
             began, care, path = time.monotonic(), Care(protocol.episode_seconds), _path(keep, name)
             kept = None if path is None else _read(path)
             if kept is None:
+                policy = build()
                 with _Bar(name, limit * protocol.episodes, protocol, quiet, check) as bar:
                     episodes = rollout(
                         envs,
                         envs.spec,
-                        build(),
+                        policy,
                         protocol.seed,
                         episodes=share,
                         progress=bar.advance,
                         finished=bar.finished,
                         care=care,
                     )
-                kept = _Kept(episodes, care, time.monotonic() - began)
+                account = policy.account() if isinstance(policy, Explains) else {}
+                kept = _Kept(episodes, care, time.monotonic() - began, account)
                 if path is not None:
                     _write(path, kept)
             for text in _said(name, kept.care, protocol):
                 warnings.warn(text, Notice, stacklevel=2)
             returns = np.array([episode.reward.sum() for episode in kept.episodes])
             normalised = None if reference is None else scores.normalised(returns, *reference)
-            results[name] = Result(returns, normalised, kept.seconds, kept.episodes, kept.care)
+            results[name] = Result(returns, normalised, kept.seconds, kept.episodes, kept.care, kept.account)
     finally:
         envs.close()
     return results
@@ -260,6 +263,7 @@ class _Kept(NamedTuple):
     episodes: list[Episode]
     care: Care
     seconds: float
+    account: dict[str, Any]
 
 
 def _path(folder: Path | None, name: str) -> Path | None:
@@ -268,7 +272,7 @@ def _path(folder: Path | None, name: str) -> Path | None:
 
 def _write(path: Path, kept: _Kept) -> None:
     obs, action, reward, terminal, _ = zip(*kept.episodes, strict=True)
-    facts = json.dumps({"seconds": kept.seconds, **asdict(kept.care)})
+    facts = json.dumps({"seconds": kept.seconds, "account": kept.account, **asdict(kept.care)})
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -290,8 +294,9 @@ def _read(path: Path) -> _Kept | None:
             columns = (np.split(data["obs"], ends + np.arange(1, len(ends) + 1)), np.split(data["action"], ends))
             rows = zip(*columns, np.split(data["reward"], ends), data["terminal"], strict=True)
             facts = json.loads(str(data["facts"]))
+            seconds, account = facts.pop("seconds"), facts.pop("account")
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
-    seconds = facts.pop("seconds")
     cut = [(i, number) for i, number in facts.pop("cut")]
-    return _Kept([Episode(*row[:3], bool(row[3])) for row in rows], Care(**facts, cut=cut), seconds)
+    episodes = [Episode(*row[:3], bool(row[3])) for row in rows]
+    return _Kept(episodes, Care(**facts, cut=cut), seconds, account)

@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
 
 INK, ACCENT, GOAL, WALL = "#1f2430", "#c2410c", "#15803d", "#d6d3d1"
 
@@ -97,6 +99,7 @@ class Choice(NamedTuple):
     """The candidates of one plan, what became of it, and why the others were left."""
 
     rows: np.ndarray  # [n, R, 2]
+    weight: np.ndarray  # [n], adding up to one
     reason: np.ndarray  # [n] int, -1 for the chosen one
     walked: np.ndarray  # [L, 2]
     goal: np.ndarray | None  # [2]
@@ -104,13 +107,8 @@ class Choice(NamedTuple):
 
 def choices(maze: Maze, names: Sequence[str], panels: Sequence[Choice], columns: int = 3) -> Figure:
     """One maze for each plan: its candidates in the colour of what spoke against them, the chosen one and its path."""
-    lines, columns = -(-len(panels) // columns), min(len(panels), columns)
-    height = 2.9 * _shape(maze) * lines + 0.5
-    figure, axes = pyplot.subplots(lines, columns, figsize=(2.9 * columns, height), squeeze=False)
-    for panel in axes.flat[len(panels) :]:
-        panel.axis("off")
-    for panel, choice in zip(axes.flat, panels, strict=False):
-        draw_maze(panel, maze)
+    figure, axes = _mazes(maze, len(panels), columns)
+    for panel, choice in zip(axes, panels, strict=True):
         for number in range(len(names)):
             some = choice.rows[choice.reason == number]
             if len(some):
@@ -118,14 +116,67 @@ def choices(maze: Maze, names: Sequence[str], panels: Sequence[Choice], columns:
                 panel.plot(*broken.T, color=f"C{number}", linewidth=0.6, alpha=0.5, zorder=1)
         panel.plot(*choice.rows[choice.reason == -1][0].T, color=INK, linewidth=1.6)
         panel.plot(*choice.walked.T, color=ACCENT, linewidth=1.4, linestyle="--")
-        panel.plot(*choice.walked[0], "o", color=INK, markersize=4)
-        if choice.goal is not None:
-            panel.plot(*choice.goal, "*", color=GOAL, markersize=11)
+        _ends(panel, choice)
     lines_of = [Line2D([], [], color=f"C{number}", label=f"rejected for {name}") for number, name in enumerate(names)]
     chosen = [Line2D([], [], color=INK, label="chosen"), Line2D([], [], color=ACCENT, linestyle="--", label="executed")]
     figure.legend(handles=[*chosen, *lines_of], loc="lower center", ncols=4, fontsize=8, frameon=False)
-    figure.subplots_adjust(wspace=0.06, hspace=0.06, bottom=0.5 / height)
+    figure.subplots_adjust(wspace=0.06, hspace=0.06, bottom=0.5 / figure.get_figheight())
     return figure
+
+
+def routes(maze: Maze, panels: Sequence[Choice], columns: int = 3) -> Figure:
+    """One maze for each plan: the posterior over its candidates, opaque as they weigh, with the mass of each route.
+
+    Candidates that weigh less than a thousandth are left out; a route is all that are joined by steps of less than a
+    cell from one to another, measured where they are furthest apart.
+    """
+    figure, axes = _mazes(maze, len(panels), columns)
+    for panel, choice in zip(axes, panels, strict=True):
+        some = choice.weight > 1e-3
+        rows, weight = choice.rows[some], choice.weight[some]
+        label = _together(rows, maze.size)
+        mass = np.bincount(label, weight)
+        for place, number in enumerate(np.argsort(-mass)):
+            own, colour = label == number, f"C{place}"
+            for path, share in zip(rows[own], weight[own] / weight.max(), strict=True):
+                panel.plot(*path.T, color=colour, linewidth=1.2, alpha=0.15 + 0.85 * share, zorder=1 + share)
+            text = f"{100 * mass[number]:.0f} %"
+            panel.text(0.03 + 0.2 * place, 1.01, text, color=colour, fontsize=8, transform=panel.transAxes)
+        _ends(panel, choice)
+    figure.subplots_adjust(wspace=0.06, hspace=0.1, bottom=0.02)
+    return figure
+
+
+def _together(rows: np.ndarray, apart: float) -> np.ndarray:
+    """The number [n] of the group that each of the paths [n, R, 2] is in."""
+    if len(rows) == 1:
+        return np.zeros(1, dtype=int)
+    even = np.linspace(0, 1, 64)
+    paths = []
+    for path in rows:
+        along = np.concatenate([[0.0], np.linalg.norm(np.diff(path, axis=0), axis=1).cumsum()])
+        paths.append(np.stack([np.interp(even * along[-1], along, column) for column in path.T], axis=1))
+    flat = np.array(paths)
+    furthest = np.linalg.norm(flat[:, None] - flat, axis=-1).max(-1)
+    return fcluster(linkage(squareform(furthest, checks=False), "single"), apart, "distance") - 1
+
+
+def _mazes(maze: Maze, count: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """So many mazes, with room for half an inch below them."""
+    lines, columns = -(-count // columns), min(count, columns)
+    size = 2.9 * columns, 2.9 * _shape(maze) * lines + 0.5
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
+    for panel in axes.flat[count:]:
+        panel.axis("off")
+    for panel in axes.flat[:count]:
+        draw_maze(panel, maze)
+    return figure, list(axes.flat[:count])
+
+
+def _ends(panel: Axes, choice: Choice) -> None:
+    panel.plot(*choice.walked[0], "o", color=INK, markersize=4)
+    if choice.goal is not None:
+        panel.plot(*choice.goal, "*", color=GOAL, markersize=11)
 
 
 def metric(name: str, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:

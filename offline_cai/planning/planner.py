@@ -19,6 +19,10 @@ Propose = Callable[[np.ndarray, Tensor, Plan | None], Plan]
 """Observations [N, O], random keys [N] and what is left of the plans under way to plans; the best of each is used."""
 
 
+SHOWN = 6
+"""Of the first plans, so many are shown with all of their candidates."""
+
+
 class _Course:
     """What one environment executes: a plan's rows, the script made of them, and how far it has come."""
 
@@ -34,8 +38,8 @@ class Planner:
     the proposer is then told what is left of the old one. A plan's noise is keyed by (seed, environment, its episode,
     its plan). When a plan is used up its last row is held. `execute` says how a plan becomes actions: "track" follows
     its states with the tracker, "pursue" their path without their times, "actions" plays its actions without looking at
-    the state. `fields` of the observation make a plan's rows, and those of `state` are what is executed by. `clear` tells
-    of positions [..., d] whether one may be there: the pursuit then cuts no corner through others.
+    the state. `fields` of the observation make a plan's rows, and those of `state` are what is executed by. `clear`
+    tells of positions [..., d] whether one may be there: the pursuit then cuts no corner through others.
 
     Attributes:
         tracker: how planned states are followed.
@@ -104,6 +108,26 @@ class Planner:
     def position(self) -> tuple[int, ...]:
         """The columns of a plan's rows that say where it is."""
         return self.pursuit.position if self._execute == "pursue" else self.tracker.position
+
+    def account(self) -> dict[str, Any]:
+        """What the attributes say, for JSON; of SHOWN first plans all candidates, by position and weight."""
+        first = None
+        if self.first is not None and self.first.nats is not None:
+            names, reason = self.first.reasons
+            rows = self.first.obs[:SHOWN, :, :, list(self.position)]
+            parts = {"rows": rows, "weight": self.first.weight[:SHOWN], "reason": reason[:SHOWN]}
+            first = {"names": names, **{name: part.tolist() for name, part in parts.items()}}
+        return {
+            "plans": self.plans_made,
+            "seconds": self.seconds,
+            "effective": self.effective,
+            "log_evidence": self.log_evidence,
+            "temperature": self.temperature,
+            "rejected": dict(self.rejected),
+            "feasible": self.feasible,
+            "deviation": self.deviation,
+            "first": first,
+        }
 
     def reset(self, done: np.ndarray | None = None) -> None:
         if done is None or not self._courses:

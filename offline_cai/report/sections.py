@@ -51,6 +51,8 @@ def _plans(run: Run) -> str:
 _PATHS = {
     "choices.png": "Candidates of the first plans, in the colour of the evidence that spoke most against each; the "
     "chosen plan, and what was executed.",
+    "routes.png": "The posterior over these candidates, as opaque as they weigh, and the mass of each route that they "
+    "take, in its colour.",
     "paths.png": "Paths executed in the simulator; dots are starts, the star is the goal.",
 }
 

@@ -26,6 +26,20 @@ def test_pictures_show_what_they_are_given() -> None:
     assert pixels(plots.png(plots.histogram("x", np.array([1.0, 1.0]), np.array([0.0, 2.0, np.inf])))).std() > 5
 
 
+def test_routes_that_part_by_more_than_a_cell_have_masses_of_their_own() -> None:
+    """Two ways round a block: three candidates on one side, two on the other, and one that weighs nothing."""
+    above, below = (np.array([[-1.5, 0], [-1.5, y], [1.5, y], [1.5, 0]]) for y in (1.0, -1.0))
+    rows = np.stack([above, above + 0.1, below, above + 0.2, below + 0.1, np.zeros((4, 2))])
+    weight = np.array([0.2, 0.3, 0.1, 0.25, 0.1499, 0.0001])
+    walls = np.ones((5, 5), dtype=bool)
+    walls[1:4, 1:4] = False
+    walls[2, 2] = True
+    choice = plots.Choice(rows, weight, np.array([0, -1, 0, 0, 0, 0]), above, above[-1])
+    figure = plots.routes(Maze(walls, 1.0), [choice, choice._replace(rows=rows[:1], weight=np.ones(1))])
+    assert [[text.get_text() for text in panel.texts] for panel in figure.axes[:2]] == [["75 %", "25 %"], ["100 %"]]
+    assert len(figure.axes[0].lines) == 5 + 2, "five candidates, the start and the goal"
+
+
 def test_the_band_of_several_runs_is_over_the_steps_that_all_have() -> None:
     rows = [[{"step": s, "loss": s + seed} for s in (1, 2, 3)] for seed in (0, 2)]
     panel = plots.metric("loss", {"none": [], "a": [rows[0], rows[1][:2]]}).axes[0]

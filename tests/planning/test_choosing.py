@@ -1,6 +1,7 @@
 """Which of several plans is chosen and why, what becomes of the plan under way, and goals that no plan can reach."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -32,6 +33,9 @@ def test_the_heaviest_feasible_plan_is_chosen_and_the_others_have_a_reason() -> 
     barred = plan._replace(feasible=torch.tensor([[True, False, True], [False, False, False]]))
     assert barred.chosen.tolist() == [2, 1], "none is feasible in the second: then the heaviest"
     assert [barred.reasons[0][i] for i in barred.reasons[1][0, :2]] == ["support", "infeasible"]
+    odds = math.exp(-0.5)
+    assert barred.weight[0].tolist() == pytest.approx([odds / (1 + odds), 0, 1 / (1 + odds)])
+    assert torch.allclose(barred.weight[1], weight[1].exp()), "and all of them count"
     assert plan._replace(nats=None).reasons[0] == [] and (plan._replace(nats=None).reasons[1] == -1).all()
 
 
