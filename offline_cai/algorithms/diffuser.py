@@ -458,9 +458,9 @@ class Diffuser(Algorithm):
         `temperature` stands in for the one that the config gives, or that its KL budget gives for these observations.
         `under_way` is one plan for each observation that these may replace, from there on (`planner.keep`).
         """
-        if temperature is None:
-            temperature = self.temperature(obs, key, given)
         known, key = self.known(obs, given), key.to(self.schedule.abar.device)
+        if temperature is None:
+            temperature = temperature_of(self.model, known, key, self.config.planner)
         rest = None if under_way is None else self.encode(under_way)
         drawn = draw(self.model, known, key, self.config.planner, temperature, rest)
         return self._decode(drawn)._replace(temperature=temperature)

@@ -57,7 +57,7 @@ class Step(NamedTuple):
     @property
     def k(self) -> Tensor:
         """The level, [N]."""
-        return torch.full((len(self.known.value),), self.level, device=self.known.value.device)
+        return torch.tensor(self.level, device=self.known.value.device).expand(len(self.known.value))
 
     @property
     def clean(self) -> Tensor:

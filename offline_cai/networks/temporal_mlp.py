@@ -43,7 +43,7 @@ class TemporalMLP(nn.Module):
             self.condition = ConditionEmbedding(condition, embedding)
 
     def forward(self, x: Tensor, k: Tensor, condition: Tensor | None = None) -> Tensor:
-        embedding = self.embed(k)
+        embedding = self.embed(k[:1] if k.stride() == (0,) else k)  # samplers expand one level over all rows
         if condition is not None:
             embedding = embedding + self.condition(condition)
         h = self.first(x.flatten(1))
