@@ -36,9 +36,10 @@ def key(seed: int, *parts: int) -> int:
     return _signed(int(np.random.SeedSequence(_words(seed, *parts)).generate_state(1, np.uint64)[0]))
 
 
-def _words(*parts: int) -> list[int]:
+def _words(*parts: int) -> np.ndarray:
     """Two 32-bit words for each part, and their number: NumPy joins the words, so other cuts of them would collide."""
-    return [len(parts), *(word for part in map(int, parts) for word in ((part & _MASK) >> 32, part & 0xFFFFFFFF))]
+    words = [word for part in map(int, parts) for word in ((part & _MASK) >> 32, part & 0xFFFFFFFF)]
+    return np.array([len(parts), *words], dtype=np.uint32)
 
 
 def seed_of(seed: int, *parts: int) -> int:

@@ -81,17 +81,10 @@ class IQL(OfflineActorAlgorithm):
         return Loss({"value_loss": expectile_loss(error, self.config.expectile).sum()}, len(error))
 
     def _critic(self, batch: Batch) -> Loss:
-        """Squared Bellman error with V of the next state (equation 6)."""
+        """Squared distance of Q from what it should be (equation 6), which is `batch.returns`."""
         q = self.critic(*self.now(batch))
-        loss = 0.5 * (q - self.backup(batch)).square().sum()
+        loss = 0.5 * (q - batch.returns[:, 0]).square().sum()
         return Loss({"critic_loss": loss}, len(batch.key), {"q": self.returns.decode(q.detach()).mean(0).sum()})
-
-    @torch.no_grad()
-    def backup(self, batch: Batch) -> Tensor:
-        """What Q(s, a) should be [B]: r + discount · V(s'), in units of the data's returns."""
-        step = batch.transition
-        value = self.returns.decode(self.value(self.normaliser.encode(step.next_obs)))
-        return self.returns.encode(step.reward + self.config.discount * torch.where(step.terminal, 0.0, value))
 
     def _actor(self, batch: Batch) -> Loss:
         """Weighted regression (equation 7); `batch.returns` are the advantages."""
@@ -105,24 +98,28 @@ class IQL(OfflineActorAlgorithm):
         return self.target(*self.now(batch)).amin(0)
 
     @torch.no_grad()
-    def advantage(self, batch: Batch, q: Tensor) -> Tensor:
-        """Q - V [B] of the data's actions, in units of reward, for `least` [B]."""
-        return self.returns.scale * (q - self.value(self.normaliser.encode(batch.obs[:, 0])))
+    def backup(self, batch: Batch, q: Tensor) -> tuple[Tensor, Tensor]:
+        """What Q(s, a) should be [B], r + discount · V(s') in units of the data's returns; and Q - V for `least` [B]."""
+        step = batch.transition
+        value, after = self.value(self.normaliser.encode(batch.obs[:, :2])).unbind(1)
+        later = torch.where(step.terminal, 0.0, self.returns.decode(after))
+        wanted = self.returns.encode(step.reward + self.config.discount * later)
+        return wanted, self.returns.scale * (q - value)
 
     @torch.no_grad()
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
         if self.critic.choices or (phase == "actor" and self.actor.family != "gaussian"):
             return None
-        obs, action = self.now(batch)
-        n, given = len(obs), batch.returns[:, 0]
+        n, given = len(batch.key), batch.returns[:, 0]
         if phase == "value":
-            value = by_hand.run(self.value.body, obs)
+            value = by_hand.run(self.value.body, self.normaliser.encode(batch.obs[:, 0]))
             error = given[:, None] - value.out
             weighed = torch.where(error < 0, 1 - self.config.expectile, self.config.expectile) * error
             value.learn(weighed * (-2 / unit))
             return Loss({"value_loss": (weighed * error).sum()}, n)
+        obs, action = self.now(batch)
         if phase == "critic":
-            loss, q = by_hand.regress(self.critic.each, torch.cat([obs, action], -1), self.backup(batch), unit)
+            loss, q = by_hand.regress(self.critic.each, torch.cat([obs, action], -1), given, unit)
             return Loss({"critic_loss": loss}, n, {"q": self.returns.decode(q).mean(0).sum()})
         actor = by_hand.run(self.actor.body, obs)
         pi, log_std = self.actor.law(actor.out), self.actor.log_std
@@ -137,8 +134,9 @@ class IQL(OfflineActorAlgorithm):
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         q = self.least(batch)
         metrics = step(batch._replace(returns=q[:, None]), "value")
-        advantage = self.advantage(batch, q)
-        metrics |= step(batch, "critic") | self.projection.measure(advantage, step)
+        wanted, advantage = self.backup(batch, q)
+        metrics |= step(batch._replace(returns=wanted[:, None]), "critic")
+        metrics |= self.projection.measure(advantage, step)
         follow(self.target, self.critic, self.config.tau)
         return metrics | step(batch._replace(returns=advantage[:, None]), "actor")
 

@@ -79,16 +79,19 @@ class SAC(ActorAlgorithm):
     def _critic(self, batch: Batch) -> Loss:
         """Squared soft Bellman error (2018a, equation 7; 2018b, equation 5)."""
         step = batch.transition
-        q = self.critic(self.normaliser.encode(step.obs), self.spec.to_unit(step.action[:, 0]))
-        loss = 0.5 * (q - self.backup(step, batch.key)).square().sum()
+        q = self.critic(*self.now(batch))
+        loss = 0.5 * (q - self.backup(step, self.after(step, batch.key))).square().sum()
         return Loss({"critic_loss": loss}, len(step.obs), {"q": q.detach().mean(0).sum()})
 
-    @torch.no_grad()
-    def backup(self, step: Transition, key: Tensor) -> Tensor:
-        """What Q(s, a) should be: r + discount · V(s') [B], V by the slow copy."""
-        after = self.normaliser.encode(step.next_obs)
-        value = self._soft_value(after, self.target, key) if isinstance(self.target, Critic) else self.target(after)
+    def backup(self, step: Transition, value: Tensor) -> Tensor:
+        """What Q(s, a) should be [B]: r + discount · V(s'), for V(s') [B]."""
         return step.reward + self.config.discount * torch.where(step.terminal, 0.0, value)
+
+    @torch.no_grad()
+    def after(self, step: Transition, key: Tensor) -> Tensor:
+        """V(s') [B], by the slow copy."""
+        obs = self.normaliser.encode(step.next_obs)
+        return self._soft_value(obs, self.target, key) if isinstance(self.target, Critic) else self.target(obs)
 
     @torch.no_grad()
     def _soft_value(self, obs: Tensor, critic: Critic, key: Tensor) -> Tensor:
@@ -111,17 +114,27 @@ class SAC(ActorAlgorithm):
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
         if self.actor.choices or phase == "value":
             return None
-        n, obs, temperature = len(batch.key), self.normaliser.encode(batch.obs[:, 0]), self.dial.temperature
+        n, width, temperature = len(batch.key), self.spec.action_width, self.dial.temperature
         if phase == "critic":
-            step = batch.transition
-            x = torch.cat([obs, self.spec.to_unit(step.action[:, 0])], -1)
-            loss, q = by_hand.regress(self.critic.each, x, self.backup(step, batch.key), unit)
+            step, x = batch.transition, torch.cat(self.now(batch), -1)
+            after = self.normaliser.encode(step.next_obs)
+            if isinstance(self.target, Critic):
+                noise = seeding.normal(batch.key, (width,), VALUE, x.dtype)
+                draw = by_hand.squash(by_hand.run(self.actor.body, after).out, noise)
+                said = torch.cat([after, draw.action], -1)
+                value = torch.minimum(*(q(said) for q in self.target.each))[:, 0] - temperature * draw.log_prob
+            else:
+                value = self.target(after)
+            loss, q = by_hand.regress(self.critic.each, x, self.backup(step, value), unit)
             return Loss({"critic_loss": loss}, n, {"q": q.mean(0).sum()})
-        actor, width = by_hand.run(self.actor.body, obs), self.spec.action_width
+        obs = self.normaliser.encode(batch.obs[:, 0])
+        actor = by_hand.run(self.actor.body, obs)
         draw = by_hand.squash(actor.out, seeding.normal(batch.key, (width,), ACTOR, obs.dtype))
         one, two = (by_hand.run(q, torch.cat([obs, draw.action], -1)) for q in self.critic.each)
-        first = (one.out < two.out).to(obs) / -unit
-        slope = one.to_input(first, width) + two.to_input(-1 / unit - first, width)
+        least, slope = (one.out < two.out)[:, 0], torch.empty_like(draw.action)
+        for q, own in ((one, least), (two, ~least)):  # a sample goes back through the critic that says least, alone
+            rows = own.nonzero()[:, 0]
+            slope[rows] = q.to_input(obs.new_full((len(rows), 1), -1 / unit), width, rows)
         actor.learn(draw.back(slope, temperature / unit))
         terms = {"actor_loss": (temperature * draw.log_prob - torch.minimum(one.out, two.out)[:, 0]).sum()}
         kl = draw.log_prob - log_uniform(self.spec)

@@ -44,5 +44,13 @@ class Perceptron(nn.Module):
         y = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         for w, b in hidden:
             y = torch.addmm(b, y, w).relu_()
-        y = torch.addmm(bias, y, weight)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
+        y = last(y, weight, bias)
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], -1)
+
+
+def last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A perceptron's last layer, [B, inputs] -> [B, outputs], whose columns lie in one piece.
+
+    The other way round a product with a few columns takes four times as long.
+    """
+    return torch.addmm(bias[:, None], weight.t(), x.t()).t()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from offline_cai.networks.mlp import Perceptron
+from offline_cai.networks.mlp import Perceptron, last
 from offline_cai.policies.networks import LOG_STD
 
 _relu_backward = torch.ops.aten.threshold_backward.grad_input
@@ -26,19 +26,21 @@ class Pass(NamedTuple):
 
     def learn(self, gradient: Tensor) -> None:
         """Set the gradients of the weights, for that of the output [B, outputs]."""
-        for i in reversed(range(len(self.layers))):
-            (weight, bias), x = self.layers[i], self.inputs[i]
-            torch.mm(x.t(), gradient, out=weight.grad)
-            torch.sum(gradient, 0, out=bias.grad)
-            if i:
-                gradient = gradient.mm(weight.t())
-                _relu_backward(gradient, x, 0, grad_input=gradient)
-
-    def to_input(self, gradient: Tensor, width: int) -> Tensor:
-        """The gradient of the last inputs [B, width], for that of the output [B, outputs]."""
-        for (weight, _), x in zip(self.layers[:0:-1], self.inputs[:0:-1], strict=True):
+        *hidden, (weight, bias) = self.layers
+        weight.grad.copy_(gradient.t().mm(self.inputs[-1]).t())  # type: ignore[union-attr]  # as `last` has it
+        torch.sum(gradient, 0, out=bias.grad)
+        for (before, bias), x, y in zip(hidden[::-1], self.inputs[-2::-1], self.inputs[:0:-1], strict=True):
             gradient = gradient.mm(weight.t())
-            _relu_backward(gradient, x, 0, grad_input=gradient)
+            _relu_backward(gradient, y, 0, grad_input=gradient)
+            torch.mm(x.t(), gradient, out=before.grad)
+            torch.sum(gradient, 0, out=bias.grad)
+            weight = before
+
+    def to_input(self, gradient: Tensor, width: int, rows: Tensor) -> Tensor:
+        """The gradient of the last inputs [n, width] of some samples [n], for that of their output [n, outputs]."""
+        for (weight, _), y in zip(self.layers[:0:-1], self.inputs[:0:-1], strict=True):
+            gradient = gradient.mm(weight.t())
+            _relu_backward(gradient, y.index_select(0, rows), 0, grad_input=gradient)
         return gradient.mm(self.layers[0][0][-width:].t())
 
 
@@ -48,7 +50,7 @@ def run(perceptron: Perceptron, x: Tensor) -> Pass:
     for weight, bias in layers[:-1]:
         inputs.append(torch.addmm(bias, inputs[-1], weight).relu_())
     weight, bias = layers[-1]
-    return Pass(layers, inputs, torch.addmm(bias, inputs[-1], weight))
+    return Pass(layers, inputs, last(inputs[-1], weight, bias))
 
 
 def regress(perceptrons: Iterable[Perceptron], x: Tensor, wanted: Tensor, unit: int) -> tuple[Tensor, Tensor]:
@@ -84,6 +86,6 @@ def squash(out: Tensor, noise: Tensor) -> Squashed:
     log_std = free_log_std.clamp(*LOG_STD)
     moved = log_std.exp() * noise
     u = mean + moved
-    slope = 2 * (math.log(2) - u - softplus(-2 * u))
-    density = -0.5 * (noise.square() + math.log(2 * math.pi)) - log_std - slope
-    return Squashed(torch.tanh(u), density.sum(-1), moved, free_log_std == log_std)
+    nats = 2 * (u + softplus(-2 * u)) - 0.5 * noise.square() - log_std
+    log_prob = nats.sum(-1) - u.shape[-1] * (0.5 * math.log(2 * math.pi) + 2 * math.log(2))
+    return Squashed(torch.tanh(u), log_prob, moved, free_log_std == log_std)

@@ -58,7 +58,8 @@ class Projection(nn.Module):
             self.shift.copy_(total / count)
             self.scale.copy_((square / count - (total / count) ** 2).clamp(min=1e-12).sqrt())
         nats = self._nats(x).clamp(max=LARGEST)
-        count, total, tilted = step.sum(torch.stack([one.sum(), nats.exp().sum(), (nats.exp() * nats).sum()]))
+        weight = nats.exp()
+        count, total, tilted = step.sum(torch.stack([one.sum(), weight.sum(), weight @ nats]))
         kl = float(tilted / total - (total / count).log())
         self.dial.steer(kl)
         return {"kl": kl, "temperature": float(self.dial.temperature)}

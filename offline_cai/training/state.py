@@ -125,8 +125,9 @@ class TrainingState:
             samples = max(len(part.key), 1)
             by_hand = self.algorithm.by_hand(part, phase, samples) if self._by_hand else None
             loss, unit = self._by_autograd(part, phase, unit) if by_hand is None else (by_hand, samples)
-            found = [*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)]
-            part_sums = torch.stack([x.detach().to(self.vectors[phase].gradient) for x in found])
+            entries = torch.as_tensor(loss.entries, device=self.accelerator.device)
+            found = torch.stack([*loss.terms.values(), *loss.metrics.values(), entries])
+            part_sums = found.detach().to(self.vectors[phase].gradient)
             sums = part_sums if sums is None else sums + part_sums
         assert sums is not None and unit is not None
         if self.accelerator.num_processes > 1 or self.config.accumulate > 1:

@@ -91,9 +91,10 @@ def test_targets_are_the_tabular_backup(form: Any, float64: None) -> None:
     else:
         value = sac.target(states).detach()
     after = batch.transition.next_obs @ value
-    assert torch.allclose(sac.backup(batch.transition, batch.key), batch.transition.reward + 0.8 * after, atol=1e-12)
+    assert torch.allclose(sac.after(batch.transition, batch.key), after, atol=1e-12)
+    assert torch.equal(sac.backup(batch.transition, after), batch.transition.reward + 0.8 * after)
     ended = batch._replace(terminal=torch.ones_like(batch.terminal))
-    assert torch.equal(sac.backup(ended.transition, ended.key), batch.transition.reward)
+    assert torch.equal(sac.backup(ended.transition, after), batch.transition.reward)
 
 
 # A bandit with two overlapping modes ---------------------------------------------------------------------------------
