@@ -4,6 +4,7 @@ Kostrikov, Nair and Levine 2021 (arXiv 2110.06169). V is an expectile of Q over 
 and the actor is AWR's projection with A = Q - V. As in CORL the Gaussian is not squashed, and weights end at 100.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,6 @@ from offline_cai.errors import UserError
 from offline_cai.policies import by_hand, dial
 from offline_cai.policies.acting import OfflineActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Temperature
-from offline_cai.policies.distributions import Gaussian
 from offline_cai.policies.networks import LOG_STD, Actor, Critic, Value, follow, slow
 from offline_cai.policies.projection import Projection
 
@@ -121,15 +121,15 @@ class IQL(OfflineActorAlgorithm):
         if phase == "critic":
             loss, q = by_hand.regress(self.critic.each, torch.cat([obs, action], -1), given, unit)
             return Loss({"critic_loss": loss}, n, {"q": self.returns.decode(q).mean(0).sum()})
-        actor = by_hand.run(self.actor.body, obs)
-        pi, log_std = self.actor.law(actor.out), self.actor.log_std
-        assert isinstance(pi, Gaussian)
-        weight = self.projection.weights(given)
-        z = (action - pi.mean) / pi.std
-        actor.learn((weight / -unit)[:, None] * z / pi.std * (1 - pi.mean.square()))
-        free = log_std == log_std.clamp(*LOG_STD)
-        torch.mul((weight / -unit) @ (z.square() - 1), free, out=log_std.grad)
-        return Loss({"actor_loss": -(weight * pi.log_prob(action)).sum()}, n)
+        actor, log_std = by_hand.run(self.actor.body, obs), self.actor.log_std
+        bounded = log_std.clamp(*LOG_STD)
+        mean, weight = actor.out.tanh(), self.projection.weights(given)
+        z, share = (action - mean) / bounded.exp(), weight / -unit
+        squared = z.square()
+        actor.learn(share[:, None] * z / bounded.exp() * (1 - mean.square()))
+        torch.mul(share @ (squared - 1), log_std == bounded, out=log_std.grad)
+        log_prob = -(0.5 * squared + (bounded + 0.5 * math.log(2 * math.pi))).sum(-1)
+        return Loss({"actor_loss": -(weight @ log_prob)}, n)
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         q = self.least(batch)

@@ -132,16 +132,16 @@ class SAC(ActorAlgorithm):
         draw = by_hand.squash(actor.out, seeding.normal(batch.key, (width,), ACTOR, obs.dtype))
         one, two = (by_hand.run(q, torch.cat([obs, draw.action], -1)) for q in self.critic.each)
         least, slope = (one.out < two.out)[:, 0], torch.empty_like(draw.action)
-        for q, own in ((one, least), (two, ~least)):  # a sample goes back through the critic that says least, alone
+        for critic, own in ((one, least), (two, ~least)):  # a sample goes back through the critic that says less, alone
             rows = own.nonzero()[:, 0]
-            slope[rows] = q.to_input(obs.new_full((len(rows), 1), -1 / unit), width, rows)
+            slope.index_copy_(0, rows, critic.to_input(obs.new_full((len(rows), 1), -1 / unit), width, rows))
         actor.learn(draw.back(slope, temperature / unit))
         terms = {"actor_loss": (temperature * draw.log_prob - torch.minimum(one.out, two.out)[:, 0]).sum()}
         kl = draw.log_prob - log_uniform(self.spec)
         if self.dial.learned:
-            slope = self.dial.slope(kl).sum()
-            terms["temperature_loss"] = self.dial.log * slope
-            torch.div(slope, unit, out=self.dial.log.grad)
+            excess = self.dial.slope(kl).sum()
+            terms["temperature_loss"] = self.dial.log * excess
+            torch.div(excess, unit, out=self.dial.log.grad)
         return Loss(terms, n, {"kl": kl.sum(), "temperature": temperature * n})
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:

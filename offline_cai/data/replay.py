@@ -187,8 +187,9 @@ class Replay:
         Raises:
             UserError: no row is like that yet.
         """
-        ladder = np.cumsum([self._offset, *(self._open - self._low)])
-        begins = np.concatenate([[0], self._shift + self._low]) - np.concatenate([[0], ladder[:-1]])
+        counts = np.append(self._offset, self._open - self._low)
+        ladder = counts.cumsum()
+        begins = np.append(0, self._shift + self._low) - (ladder - counts)
         drawn, tries = np.empty(0, dtype=np.int64), 0
         while len(drawn) < n:
             at = rng.integers(ladder[-1], size=n - len(drawn))

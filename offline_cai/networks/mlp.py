@@ -49,8 +49,10 @@ class Perceptron(nn.Module):
 
 
 def last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A perceptron's last layer, [B, inputs] -> [B, outputs], whose columns lie in one piece.
+    """A perceptron's last layer, [B, inputs] -> [B, outputs].
 
-    The other way round a product with a few columns takes four times as long.
+    Its columns lie in one piece, where there are several: else a product of a few takes four times as long.
     """
+    if len(bias) == 1:
+        return torch.addmm(bias, x, weight)
     return torch.addmm(bias[:, None], weight.t(), x.t()).t()

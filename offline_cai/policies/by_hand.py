@@ -27,7 +27,10 @@ class Pass(NamedTuple):
     def learn(self, gradient: Tensor) -> None:
         """Set the gradients of the weights, for that of the output [B, outputs]."""
         *hidden, (weight, bias) = self.layers
-        weight.grad.copy_(gradient.t().mm(self.inputs[-1]).t())  # type: ignore[union-attr]  # as `last` has it
+        if len(bias) == 1:
+            torch.mm(self.inputs[-1].t(), gradient, out=weight.grad)
+        else:  # as `last` has it
+            weight.grad.copy_(gradient.t().mm(self.inputs[-1]).t())  # type: ignore[union-attr]
         torch.sum(gradient, 0, out=bias.grad)
         for (before, bias), x, y in zip(hidden[::-1], self.inputs[-2::-1], self.inputs[:0:-1], strict=True):
             gradient = gradient.mm(weight.t())

@@ -257,14 +257,17 @@ class ReplaySource(OnlineSource):
         return self._config.capacity
 
     @cached_property
+    def _positions(self) -> torch.Tensor:
+        return torch.arange(self._size)[self._share.of(self._size)]
+
+    @cached_property
     def _windows(self) -> ReplayWindows:
         needs = self._algorithm.needs
         return ReplayWindows(self._replay, needs.horizon, needs.stride, needs.padding)
 
     def _batch(self, step: int) -> Batch:
-        part = self._share.of(self._size)
-        items = self._windows.draw(seeding.rng(self._seed, step), self._size)
-        return self._windows.gather(items[part], seeding.keys(self._seed, step, torch.arange(self._size)[part]))
+        items = self._windows.draw(seeding.rng(self._seed, step), self._size)[self._share.of(self._size)]
+        return self._windows.gather(items, seeding.keys(self._seed, step, self._positions))
 
 
 class RolloutSource(OnlineSource):

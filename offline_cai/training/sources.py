@@ -81,11 +81,11 @@ class OfflineSource:
         self.asked: Callable[[], bool] = lambda: False
         self._sampler, self._size, self._seed, self._data = sampler, batch_size, seed, data
         self._slice = slice(rank * batch_size // processes, (rank + 1) * batch_size // processes)
+        self._positions = torch.arange(batch_size)[self._slice]
 
     def __call__(self, step: int) -> Batch:
         items = self._sampler.draw(seeding.rng(self._seed, step), self._size)
-        keys = seeding.keys(self._seed, step, torch.arange(self._size)[self._slice])
-        return self._sampler.gather(items[self._slice], keys)
+        return self._sampler.gather(items[self._slice], seeding.keys(self._seed, step, self._positions))
 
     def state(self) -> SourceState:
         return SourceState({"data": self._data}, {})

@@ -34,7 +34,9 @@ class TrainingState:
 
     Every process holds all of it. The gradients of a phase's group, and the sums that its loss is made of, are added up
     over micro-batches and processes in one reduction, and divided by the count of them all. So any number of processes
-    makes the same step, and a phase that leaves other groups without gradients costs them nothing.
+    makes the same step, and a phase that leaves other groups without gradients costs them nothing. A parameter of its own
+    group that a loss leaves out has gradient zero, as if another process's part of the batch had not used it: its moments
+    decay, and it goes on by them.
 
     Attributes:
         stop: set to 1 to ask all processes to stop; `stopping` is true in all of them from the next step on.
@@ -90,12 +92,11 @@ class TrainingState:
             Diverged: a term or the gradient is not finite, or exploded, and such steps are not to be skipped.
         """
         began, optimiser = time.perf_counter(), self.optimisers[phase]
-        names, sums = self._backward(batch, phase)
+        sums, entries = self._backward(batch, phase)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(optimiser)
-        norm = self._clip(phase)
-        *means, norm = torch.cat([sums / sums[-1], norm[None]]).tolist()
-        values = dict(zip(names, means, strict=False))
+        norm, count = self._clip(phase).item(), float(entries)
+        values = {name: total.item() / count if count else math.nan for name, total in sums.items()}
         norms = {"grad_norm" if len(self.optimisers) == 1 else f"{phase}_grad_norm": norm}
         if self._allowed(values, norms):
             self._apply(optimiser)
@@ -114,27 +115,23 @@ class TrainingState:
         self.average()
         return values
 
-    def _backward(self, batch: Batch, phase: str) -> tuple[list[str], Tensor]:
-        """Leaves the gradient of the mean loss in the parameters; gives the names and sums of what there is to report.
+    def _backward(self, batch: Batch, phase: str) -> tuple[dict[str, Tensor], Tensor | int]:
+        """Leaves the gradient of the mean loss in the parameters; gives the sums to report, by name, and their count.
 
-        The last of the sums is the count. All parts of this process's batch are divided by one number, `unit`, which is
-        the count itself where there is one part and one process.
+        All parts of this process's batch are divided by one number, `unit`, which is the count itself where there is
+        one part and one process.
         """
-        unit, sums = None, None
+        unit, losses = None, []
         for part in batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]:
             samples = max(len(part.key), 1)
             by_hand = self.algorithm.by_hand(part, phase, samples) if self._by_hand else None
             loss, unit = self._by_autograd(part, phase, unit) if by_hand is None else (by_hand, samples)
-            entries = torch.as_tensor(loss.entries, device=self.accelerator.device)
-            found = torch.stack([*loss.terms.values(), *loss.metrics.values(), entries])
-            part_sums = found.detach().to(self.vectors[phase].gradient)
-            sums = part_sums if sums is None else sums + part_sums
-        assert sums is not None and unit is not None
+            losses.append(loss)
+        assert unit is not None
         if self.accelerator.num_processes > 1 or self.config.accumulate > 1:
-            sums = self._add_up(phase, unit, sums)
-        else:
-            self.stopping |= bool(self.stop)
-        return [*loss.terms, *loss.metrics], sums
+            return self._add_up(phase, unit, losses)
+        self.stopping |= bool(self.stop)
+        return {**loss.terms, **loss.metrics}, loss.entries
 
     def _by_autograd(self, part: Batch, phase: str, unit: Tensor | int | None) -> tuple[Loss, Tensor | int]:
         """Adds the gradient of a part's loss / unit to that of the parts before it; the first part finds the unit."""
@@ -147,14 +144,16 @@ class TrainingState:
         (mean if scaler is None else scaler.scale(mean)).backward(inputs=self.vectors[phase].parameters)
         return loss, unit
 
-    def _add_up(self, phase: str, unit: Tensor | int, sums: Tensor) -> Tensor:
-        """The sums over all processes; the gradients become those of the global mean."""
-        gradient = self.vectors[phase].gradient
-        total = self.sum(torch.cat([gradient * unit, sums, sums.new_tensor([self.stop])]))
-        summed, sums, stop = total[: len(gradient)], total[len(gradient) : -1], total[-1]
-        torch.div(summed, sums[-1], out=gradient)
+    def _add_up(self, phase: str, unit: Tensor | int, losses: list[Loss]) -> tuple[dict[str, Tensor], Tensor]:
+        """The sums and the count over all parts and processes; the gradients become those of the global mean."""
+        gradient, names = self.vectors[phase].gradient, [*losses[0].terms, *losses[0].metrics]
+        rows = ([*loss.terms.values(), *loss.metrics.values(), torch.as_tensor(loss.entries)] for loss in losses)
+        parts = torch.stack([torch.stack([x.detach().to(gradient) for x in row]) for row in rows])
+        total = self.sum(torch.cat([gradient * unit, parts.sum(0), gradient.new_tensor([self.stop])]))
+        summed, (*sums, count, stop) = total[: len(gradient)], total[len(gradient) :]
+        torch.div(summed, count, out=gradient)
         self.stopping |= bool(stop > 0)
-        return sums
+        return dict(zip(names, sums, strict=True)), count
 
     def sum(self, tensor: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
