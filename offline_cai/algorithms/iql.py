@@ -92,7 +92,6 @@ class IQL(OfflineActorAlgorithm):
         loss = self.projection.loss(self.actor(obs).log_prob(action), batch.returns[:, 0])
         return Loss({"actor_loss": loss}, len(obs))
 
-    @torch.no_grad()
     def least(self, batch: Batch) -> Tensor:
         """The target critics' minimum [B] for the data's actions, in units of the data's returns."""
         return self.target(*self.now(batch)).amin(0)

@@ -134,7 +134,7 @@ class SAC(ActorAlgorithm):
         least, slope = (one.out < two.out)[:, 0], torch.empty_like(draw.action)
         for critic, own in ((one, least), (two, ~least)):  # a sample goes back through the critic that says less, alone
             rows = own.nonzero()[:, 0]
-            slope.index_copy_(0, rows, critic.to_input(obs.new_full((len(rows), 1), -1 / unit), width, rows))
+            slope.index_copy_(0, rows, critic.to_input(obs.new_full((rows.shape[0], 1), -1 / unit), width, rows))
         actor.learn(draw.back(slope, temperature / unit))
         terms = {"actor_loss": (temperature * draw.log_prob - torch.minimum(one.out, two.out)[:, 0]).sum()}
         kl = draw.log_prob - log_uniform(self.spec)

@@ -27,7 +27,7 @@ class Pass(NamedTuple):
     def learn(self, gradient: Tensor) -> None:
         """Set the gradients of the weights, for that of the output [B, outputs]."""
         *hidden, (weight, bias) = self.layers
-        if len(bias) == 1:
+        if weight.shape[1] == 1:
             torch.mm(self.inputs[-1].t(), gradient, out=weight.grad)
         else:  # as `last` has it
             weight.grad.copy_(gradient.t().mm(self.inputs[-1]).t())  # type: ignore[union-attr]

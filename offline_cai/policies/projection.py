@@ -52,14 +52,15 @@ class Projection(nn.Module):
 
         A learned temperature moves towards its budget. Gives the KL as it was and the temperature as it is.
         """
-        x, one = advantage.double(), torch.ones_like(advantage, dtype=torch.float64)
+        x = advantage.double()
+        n = x.new_full((), len(x))
         if self.normalise:
-            count, total, square = step.sum(torch.stack([one.sum(), x.sum(), x.square().sum()]))
+            count, total, square = step.sum(torch.stack([n, x.sum(), x.square().sum()]))
             self.shift.copy_(total / count)
             self.scale.copy_((square / count - (total / count) ** 2).clamp(min=1e-12).sqrt())
         nats = self._nats(x).clamp(max=LARGEST)
         weight = nats.exp()
-        count, total, tilted = step.sum(torch.stack([one.sum(), weight.sum(), weight @ nats]))
+        count, total, tilted = step.sum(torch.stack([n, weight.sum(), weight @ nats]))
         kl = float(tilted / total - (total / count).log())
         self.dial.steer(kl)
         return {"kl": kl, "temperature": float(self.dial.temperature)}

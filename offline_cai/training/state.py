@@ -175,7 +175,6 @@ class TrainingState:
             gradient.mul_((most / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    @torch.no_grad()
     def _apply(self, optimiser: Any) -> None:
         """The optimiser's step.
 

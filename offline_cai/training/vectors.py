@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 LINE = 64
 """Bytes: each parameter begins at a multiple of them, so that products read it as fast as if it stood alone."""
@@ -21,13 +21,11 @@ class Vector:
         self.parameters = list(parameters)
         like, step = self.parameters[0], max(LINE // self.parameters[0].element_size(), 1)
         *self._starts, size = accumulate((-(-p.numel() // step) * step for p in self.parameters), initial=0)
-        self.values = nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device))
+        self.values = torch.zeros(size, dtype=like.dtype, device=like.device)
         self.gradient = torch.zeros_like(self.values)
         self.values.grad = self.gradient
         with torch.no_grad():
-            for p, part, slope in zip(
-                self.parameters, self.parts(self.values.data), self.parts(self.gradient), strict=True
-            ):
+            for p, part, slope in zip(self.parameters, self.parts(self.values), self.parts(self.gradient), strict=True):
                 part.copy_(p)
                 p.data, p.grad = part, slope
 

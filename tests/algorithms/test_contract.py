@@ -82,16 +82,16 @@ def test_loss_is_a_function_of_parameters_and_batch(name: str, store: Trajectori
 def test_gradients_by_hand_are_those_of_autograd(name: str, store: Trajectories, float64: None) -> None:
     algorithm, needs = build(name, store), build(name, store).needs
     windows = Windows(store, needs.horizon, needs.stride, needs.discount, needs.padding)
-    batch = windows.gather(windows.starts[:5], seeding.keys(0, 0, torch.arange(5)))
+    batch = windows.gather(windows.starts[:12], seeding.keys(0, 0, torch.arange(12)))
     batch = Batch(*(x.double() if x is not None and x.is_floating_point() else x for x in batch))  # type: ignore[arg-type]
     for phase, prefixes in needs.groups.items():
         own = [p for key, p in algorithm.named_parameters() if key.startswith(prefixes) and p.requires_grad]
         vector, loss = Vector(own), algorithm(batch, phase)
-        (sum(loss.terms.values()) / 5).backward(inputs=own)  # type: ignore[union-attr]
+        (sum(loss.terms.values()) / 12).backward(inputs=own)  # type: ignore[union-attr]
         wanted = vector.gradient.clone()
         for p in own:
             p.grad.fill_(math.nan)  # type: ignore[union-attr]  # each has to be set
-        found = algorithm.by_hand(batch, phase, 5)
+        found = algorithm.by_hand(batch, phase, 12)
         assert found is not None or name not in ("sac", "iql"), "these have them, for default configs"
         if found is not None:
             assert torch.allclose(vector.gradient, wanted, rtol=1e-10, atol=1e-12) and wanted.abs().max() > 1e-3

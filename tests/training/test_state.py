@@ -1,0 +1,53 @@
+"""The optimiser step."""
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from offline_cai.core import Algorithm, Batch, Chunks, Loss, Needs, Policy, Spec
+from offline_cai.training.experiment import TrainingConfig
+from offline_cai.training.state import TrainingState
+
+
+class Sometimes(Algorithm):
+    """Two numbers, of which the second counts only where samples have a positive reward."""
+
+    def __init__(self, spec: Spec, config: Any) -> None:
+        super().__init__(spec, config)
+        self.always, self.sometimes = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.tensor(2.0))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def fit(self, chunks: Chunks) -> None: ...
+
+    def forward(self, batch: Batch, phase: str = "all") -> Loss:
+        error = self.always + self.sometimes if batch.reward.any() else self.always
+        return Loss({"loss": error.square() * len(batch.key)}, len(batch.key))
+
+    def policy(self, seed: int = 0, **options: Any) -> Policy:
+        raise NotImplementedError
+
+
+def test_a_parameter_that_a_loss_leaves_out_has_gradient_zero(spec: Spec) -> None:
+    """Its moments decay and it goes on by them, as PyTorch's AdamW has it for a gradient of zero."""
+    algorithm, rewards = Sometimes(spec, None), [1.0, 0.0, 0.0, 1.0]
+    training = TrainingConfig(steps=4, schedule="constant", learning_rate=0.1, warmup=0, weight_decay=0.01, clip=None)
+    state = TrainingState(algorithm, training, Accelerator(cpu=True))
+    own = [torch.tensor(1.0, requires_grad=True), torch.tensor(2.0, requires_grad=True)]
+    peer, moved = torch.optim.AdamW(own, lr=0.1, weight_decay=0.01), []
+    for step, reward in enumerate(rewards):
+        x = torch.full((3, 1), reward)
+        batch = Batch(x[..., None], x[..., None, None], x, x > 2, x < 2, x, None, torch.arange(3))
+        before = float(algorithm.sometimes)
+        state.iterate(step, batch)
+        moved.append(abs(float(algorithm.sometimes) - before))
+        (own[0] + (own[1] if reward else 0.0 * own[1])).square().backward()
+        peer.step()
+        peer.zero_grad()
+        assert [float(algorithm.always), float(algorithm.sometimes)] == pytest.approx([float(p) for p in own], rel=1e-6)
+    assert moved[1] > 0.01
