@@ -98,7 +98,10 @@ class IQL(OfflineActorAlgorithm):
 
     @torch.no_grad()
     def backup(self, batch: Batch, q: Tensor) -> tuple[Tensor, Tensor]:
-        """What Q(s, a) should be [B], r + discount · V(s') in units of the data's returns; and Q - V for `least` [B]."""
+        """What Q(s, a) should be [B], r + discount · V(s') in units of the data's returns; and the advantages [B].
+
+        Those are Q - V in units of reward, for `least` [B].
+        """
         step = batch.transition
         value, after = self.value(self.normaliser.encode(batch.obs[:, :2])).unbind(1)
         later = torch.where(step.terminal, 0.0, self.returns.decode(after))

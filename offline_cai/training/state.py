@@ -34,9 +34,9 @@ class TrainingState:
 
     Every process holds all of it. The gradients of a phase's group, and the sums that its loss is made of, are added up
     over micro-batches and processes in one reduction, and divided by the count of them all. So any number of processes
-    makes the same step, and a phase that leaves other groups without gradients costs them nothing. A parameter of its own
-    group that a loss leaves out has gradient zero, as if another process's part of the batch had not used it: its moments
-    decay, and it goes on by them.
+    makes the same step, and a phase that leaves other groups without gradients costs them nothing. Where a loss leaves
+    out a parameter of its own group, which another part of the batch may use, the gradient is zero: its moments decay,
+    and it goes on by them.
 
     Attributes:
         stop: set to 1 to ask all processes to stop; `stopping` is true in all of them from the next step on.
