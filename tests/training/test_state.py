@@ -43,11 +43,11 @@ def test_a_parameter_that_a_loss_leaves_out_has_gradient_zero(spec: Spec) -> Non
     for step, reward in enumerate(rewards):
         x = torch.full((3, 1), reward)
         batch = Batch(x[..., None], x[..., None, None], x, x > 2, x < 2, x, None, torch.arange(3))
-        before = float(algorithm.sometimes)
+        before = algorithm.sometimes.item()
         state.iterate(step, batch)
-        moved.append(abs(float(algorithm.sometimes) - before))
+        moved.append(abs(algorithm.sometimes.item() - before))
         (own[0] + (own[1] if reward else 0.0 * own[1])).square().backward()
         peer.step()
         peer.zero_grad()
-        assert [float(algorithm.always), float(algorithm.sometimes)] == pytest.approx([float(p) for p in own], rel=1e-6)
+        assert [algorithm.always.item(), algorithm.sometimes.item()] == pytest.approx([p.item() for p in own], rel=1e-6)
     assert moved[1] > 0.01
