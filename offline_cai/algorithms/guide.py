@@ -25,6 +25,7 @@ from offline_cai.core import Algorithm, Batch, Chunks, Known, Loss, Needs, Spec,
 from offline_cai.data.codec import Normaliser
 from offline_cai.diffusion.evidence import Learned
 from offline_cai.errors import UserError
+from offline_cai.networks.temporal_mlp import ValueMLP
 from offline_cai.networks.temporal_value import TemporalValue
 from offline_cai.planning.config import PlannerConfig
 from offline_cai.planning.planner import Planner
@@ -48,16 +49,24 @@ class GuideConfig:
     """How plans are sampled and executed; null: as the Diffuser's config says."""
     temperatures: tuple[float, float] = (0.2, 5.0)
     """Lowest and highest temperature that the evidence is learned for, in standard deviations of the data's returns."""
+    network: Literal["unet", "mlp"] = "unet"
+    """The temporal U-Net's way down, or a residual perceptron over all rows at once."""
+    hidden: int = 512
+    """Units of the perceptron's layers."""
+    blocks: int = 4
+    """Residual blocks of the perceptron."""
     channels: int = 32
-    """Channels of the network's first level, a multiple of 8."""
+    """Channels of the U-Net's first level, a multiple of 8."""
     multipliers: tuple[int, ...] = (1, 2, 4)
-    """Channels of each level of the network, as multiples of the first (1, 2, 4, 8 in the paper's locomotion)."""
+    """Channels of each level of the U-Net, as multiples of the first (1, 2, 4, 8 in the paper's locomotion)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.temperatures[0] < self.temperatures[1] < math.inf:
             raise UserError(
                 f"temperatures are {list(self.temperatures)}; give two positive numbers, the lower one first."
             )
+        if min(self.hidden, self.blocks) < 1:
+            raise UserError(f"hidden is {self.hidden} and blocks {self.blocks}; each is at least 1.")
         if self.channels < 1 or self.channels % 8 or not self.multipliers or min(self.multipliers) < 1:
             raise UserError(
                 f"channels is {self.channels} and multipliers {list(self.multipliers)}; take a multiple of 8, and one "
@@ -79,9 +88,12 @@ class Guide(Algorithm):
         self._complete = config.denoiser is None or config.diffuser is None
         self.diffuser = diffuser.requires_grad_(config.denoiser is None)
         self.return_norm = Normaliser(1, "gaussian")
-        told = int(config.kind == "evidence")
-        width = diffuser.codec.width
-        self.network = TemporalValue(width, diffuser.config.rows, config.channels, config.multipliers, condition=told)
+        told, size = int(config.kind == "evidence"), (diffuser.codec.width, diffuser.config.rows)
+        self.network: TemporalValue | ValueMLP
+        if config.network == "mlp":
+            self.network = ValueMLP(*size, config.hidden, config.blocks, condition=told)
+        else:
+            self.network = TemporalValue(*size, config.channels, config.multipliers, condition=told)
 
     @property
     def needs(self) -> Needs:

@@ -1,9 +1,10 @@
-"""A residual perceptron over whole trajectories: what a temporal U-Net is for, at a fraction of its cost."""
+"""Residual perceptrons over whole trajectories: what temporal convolutions are for, at a fraction of their cost."""
 
 import torch
 from torch import Tensor, nn
 
 from offline_cai.networks.temporal_unet import ConditionEmbedding, SinusoidalEmbedding
+from offline_cai.networks.temporal_value import require_rows
 
 
 class FilmBlock(nn.Module):
@@ -43,10 +44,26 @@ class TemporalMLP(nn.Module):
             self.condition = ConditionEmbedding(condition, embedding)
 
     def forward(self, x: Tensor, k: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.last(self._hidden(x, k, condition)).view_as(x)
+
+    def _hidden(self, x: Tensor, k: Tensor, condition: Tensor | None) -> Tensor:
+        """What the last layer reads, [N, hidden]."""
         embedding = self.embed(k[:1] if k.stride() == (0,) else k)  # samplers expand one level over all rows
         if condition is not None:
             embedding = embedding + self.condition(condition)
         h = self.first(x.flatten(1))
         for block in self.blocks:
             h = block(h, embedding)
-        return self.last(torch.nn.functional.silu(h)).view_as(x)
+        return nn.functional.silu(h)
+
+
+class ValueMLP(TemporalMLP):
+    """Rows [N, R, D] and levels [N] to one number each, [N]; the interface of `TemporalValue`."""
+
+    def __init__(self, width: int, rows: int, hidden: int = 512, blocks: int = 4, condition: int = 0) -> None:
+        super().__init__(width, rows, hidden, blocks, condition=condition)
+        self.rows, self.last = rows, nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor, k: Tensor, condition: Tensor | None = None) -> Tensor:
+        require_rows(x, self.rows)
+        return self.last(self._hidden(x, k, condition))[:, 0]

@@ -55,8 +55,7 @@ class TemporalValue(nn.Module):
             self.condition = ConditionEmbedding(condition, channels)
 
     def forward(self, x: Tensor, k: Tensor, condition: Tensor | None = None) -> Tensor:
-        if x.shape[1] != self.rows:
-            raise UserError(f"a plan of {x.shape[1]} rows was given to a guide that was trained for {self.rows} rows.")
+        require_rows(x, self.rows)
         embedding = self.embed(k)
         if condition is not None:
             embedding = embedding + self.condition(condition)
@@ -64,3 +63,12 @@ class TemporalValue(nn.Module):
         for block, shrink in zip(self.blocks, self.shrink, strict=True):
             h = shrink(block(h, embedding))
         return self.final(torch.cat([h.flatten(1), embedding], dim=-1))[:, 0]
+
+
+def require_rows(x: Tensor, rows: int) -> None:
+    """
+    Raises:
+        UserError: plans of another number of rows than a guide was trained for.
+    """
+    if x.shape[1] != rows:
+        raise UserError(f"a plan of {x.shape[1]} rows was given to a guide that was trained for {rows} rows.")

@@ -45,8 +45,8 @@ def guide(store: Trajectories, **changes: object) -> Guide:
     return made
 
 
-def trained(store: Trajectories, kind: str) -> Guide:
-    made = guide(store, kind=kind)
+def trained(store: Trajectories, kind: str, **changes: object) -> Guide:
+    made = guide(store, kind=kind, **changes)
     windows, rng = Windows(store, 4, discount=1.0), np.random.default_rng(0)
     optimiser = torch.optim.Adam(made.network.parameters(), 5e-3)
     for step in range(150):
@@ -94,6 +94,15 @@ def test_evidence_finds_the_exact_one_and_the_regression_does_not(lucky: Traject
     plus = torch.sigmoid((2 * x[:, 1:, 1] * _slope(value, level)).sum(-1))
     mean = PRIZE * (LUCK[1.0] * plus + LUCK[-1.0] * (1 - plus))
     assert float((value.log_evidence(x, level, 1.0) - mean).square().mean().sqrt()) < 0.25, "it regresses the mean"
+
+
+def test_a_perceptron_finds_the_evidence_as_well(lucky: Trajectories) -> None:
+    made = trained(lucky, "evidence", network="mlp", hidden=64, blocks=1)
+    for k in (0, 4, 7):
+        x, level = noised(made, lucky, k)
+        truth = exact(made, x, level, 1.0)
+        error = (made.log_evidence(x, level, 1.0) - truth).square().mean().sqrt()
+        assert float(error) < 0.15 + 0.05 * float(truth.max()), (k, float(error))
 
 
 def _slope(made: Guide, level: Tensor) -> Tensor:

@@ -1,7 +1,12 @@
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
 from offline_cai.errors import UserError
+from offline_cai.networks.temporal_mlp import ValueMLP
 from offline_cai.networks.temporal_value import TemporalValue
 
 
@@ -10,9 +15,12 @@ def test_the_parameter_count_is_the_papers() -> None:
     assert sum(p.numel() for p in TemporalValue(14, 32).parameters()) == 2_294_817
 
 
-def test_shapes_and_dependence() -> None:
+@pytest.mark.parametrize("make", [partial(TemporalValue, channels=16, multipliers=(1, 4)), partial(ValueMLP, hidden=16)])
+def test_shapes_and_dependence(make: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
-    net = TemporalValue(3, 6, 16, (1, 4), condition=1)
+    net = make(3, 6, condition=1)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
     x, k = torch.randn(2, 6, 3), torch.tensor([1, 5])
     value = net(x, k, torch.zeros(2, 1))
     assert value.shape == (2,)
@@ -26,7 +34,8 @@ def test_shapes_and_dependence() -> None:
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:
-    with pytest.raises(UserError, match="of 8 rows was given to a guide that was trained for 4 rows"):
-        TemporalValue(3, 4)(torch.zeros(1, 8, 3), torch.zeros(1))
+    for net in (TemporalValue(3, 4), ValueMLP(3, 4)):
+        with pytest.raises(UserError, match="of 8 rows was given to a guide that was trained for 4 rows"):
+            net(torch.zeros(1, 8, 3), torch.zeros(1))
     with pytest.raises(UserError, match="last level has 16 channels"):
         TemporalValue(3, 4, 8, (1, 2))
