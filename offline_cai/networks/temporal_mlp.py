@@ -1,6 +1,5 @@
 """Residual perceptrons over whole trajectories: what temporal convolutions are for, at a fraction of their cost."""
 
-import torch
 from torch import Tensor, nn
 
 from offline_cai.networks.temporal_unet import ConditionEmbedding, SinusoidalEmbedding

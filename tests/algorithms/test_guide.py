@@ -1,6 +1,7 @@
 """Learned returns against enumeration: two kinds of trajectories, and a prize that is a matter of luck."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,22 @@ def test_a_perceptron_finds_the_evidence_as_well(lucky: Trajectories) -> None:
         truth = exact(made, x, level, 1.0)
         error = (made.log_evidence(x, level, 1.0) - truth).square().mean().sqrt()
         assert float(error) < 0.15 + 0.05 * float(truth.max()), (k, float(error))
+
+
+def test_the_check_of_a_ranker_tells_what_plans_add_from_what_states_are_worth(lucky: Trajectories) -> None:
+    """Here nothing is known of the return before a plan is, and its side is all that is known then."""
+    path = Path(__file__).parents[2] / "eval/check_ranker.py"
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec and module_spec.loader
+    script = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(script)
+    script.WINDOWS = 1024
+    blind = guide(lucky, kind="value", network="mlp", hidden=64, blocks=1).requires_grad_(False)
+    for made, correlation in ((trained(lucky, "value", network="mlp", hidden=64, blocks=1), 0.5), (blind, 0.0)):
+        found = script.check(made, lucky)
+        assert found["added_with_left_open"] == pytest.approx(correlation, abs=0.1)
+        assert found["share_left_open"] == pytest.approx(1.0, abs=0.1)
+        assert 0.005 < found["added_with_left_open_se"] < 0.08
 
 
 def _slope(made: Guide, level: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ def test_the_parameter_count_is_the_papers() -> None:
     assert sum(p.numel() for p in TemporalValue(14, 32).parameters()) == 2_294_817
 
 
-@pytest.mark.parametrize("make", [partial(TemporalValue, channels=16, multipliers=(1, 4)), partial(ValueMLP, hidden=16)])
+@pytest.mark.parametrize(
+    "make", [partial(TemporalValue, channels=16, multipliers=(1, 4)), partial(ValueMLP, hidden=16)]
+)
 def test_shapes_and_dependence(make: Callable[..., nn.Module]) -> None:
     torch.manual_seed(0)
     net = make(3, 6, condition=1)
