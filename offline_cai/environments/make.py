@@ -83,8 +83,18 @@ def _missing(environment: str, error: Exception) -> str:
     module, colon, _ = environment.partition(":")
     if colon and find_spec(module) is None:
         return f"the package of the module {module!r} (pip install {module})."
+    if "mujoco_py" in str(error):  # the simulator of the first versions, which no current Python has
+        return f"mujoco-py, which is no longer kept up: take {_newer(environment)}."
     text = " ".join(" ".join(map(str, arg)) if isinstance(arg, tuple) else str(arg) for arg in error.args)
     return f"{text.rstrip('.')}."
+
+
+def _newer(environment: str) -> str:
+    """The two latest versions of an id, later than its own, in words."""
+    name, _, own = environment.rpartition("-v")
+    others = [other.rpartition("-v") for other in gym.registry]
+    later = sorted((int(v) for n, _, v in others if n == name and v.isdigit() and int(v) > int(own)), reverse=True)
+    return " or ".join(f"{name}-v{version}" for version in later[:2])
 
 
 def env_spec(env: gym.Env) -> Spec:
