@@ -173,7 +173,8 @@ def _off_policy(run: Run) -> str:
         for name in ("episodes", "decisions"):
             e = found[name]
             interval = f"{page.number(e['low'])} to {page.number(e['high'])}"
-            rows.append([f"importance sampling, by {name}", page.number(e["value"]), interval, effective])
+            rests = effective if name == "episodes" else ""
+            rows.append([f"importance sampling, by {name}", page.number(e["value"]), interval, rests])
         if found["effective"] < 10:
             said += " So few effective samples leave importance sampling without meaning."
     head = ["estimate", "discounted return", "95 % interval of its samples", "effective episodes"]

@@ -147,6 +147,16 @@ def test_a_section_with_damaged_files_is_left_out(cloned: list[Path], tmp_path: 
     assert "Executed paths" in text and "Policy beside dataset" not in text
 
 
+def test_the_effective_sample_size_is_of_weights_by_episode(tmp_path: Path) -> None:
+    number = {"value": 1.5, "low": 1.0, "high": 2.0}
+    found = {"n": 40, "effective": 12.3, "episodes": number, "decisions": number}
+    facts = {"discount": 0.9, "data": {"mean": 1.0, "se": 0.1}, "fitted Q": {"mean": 1.0, "se": 0.1}}
+    (tmp_path / "off-policy").mkdir()
+    (tmp_path / "off-policy" / "estimates.json").write_text(json.dumps({**facts, "importance sampling": found}))
+    text = sections._off_policy(runs.Run(tmp_path, {}, [], None))
+    assert text.count("12.3 of 40") == 1 and "by decisions</td>" in text
+
+
 # No package brings a browser. Without one all else about the page is tested; what it looks like in a window is not.
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed to open the page in")
 @pytest.mark.parametrize("width", [390, 1200])
