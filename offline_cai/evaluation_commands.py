@@ -248,8 +248,8 @@ def off_policy(
 ) -> dict[str, Any]:
     """Estimate what a run's policy would earn, from its dataset alone; writes OFF_POLICY_FILES, returns what it holds.
 
-    Fitted Q evaluation is of the policy as it acts, importance sampling of the distribution that it acts by, where the
-    algorithm has one and the dataset keeps log-probabilities. `flags` set fields of `OffPolicy`.
+    Fitted Q evaluation is of the policy as it acts, importance sampling of the distribution that it acts by, where that
+    has a density and the dataset keeps log-probabilities. `flags` set fields of `OffPolicy`.
 
     Raises:
         UserError: the algorithm plans, or the run has no dataset.
@@ -269,8 +269,8 @@ def off_policy(
     data = catalogue.trajectories(exp.data)
     require_same_spec(algorithm.spec, data.spec)
     with new_folder(output or run.folder / "off-policy", overwrite, OFF_POLICY_FILES) as folder:
-        fitted = offpolicy.fitted_q(data, lambda obs: policy.act(obs)[0], c, discount, quiet)
         found = _importance(algorithm, data, discount)
+        fitted = offpolicy.fitted_q(data, lambda obs: policy.act(obs)[0], c, discount, quiet)
         facts = {
             "what": "estimates from data; no simulator was run",
             "dataset": exp.dataset,
@@ -312,6 +312,8 @@ def _importance(algorithm: Algorithm, data: Trajectories, discount: float) -> of
         return "none: the algorithm has no distribution over actions"
     if data.log_prob is None:
         return "none: the dataset keeps no log-probabilities of the policy that collected it"
+    if algorithm.no_density is not None:
+        return f"none: {algorithm.no_density}"
     ratios = []
     for episode in data.episodes():
         unit = algorithm.spec.to_unit(torch.as_tensor(episode.action))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from offline_cai import algorithms, cli, commands, demo, evaluation_commands, report
-from offline_cai.core import Episode, Spec
+from offline_cai.core import Discrete, Episode, Spec
 from offline_cai.data import minari
 from offline_cai.data.cache import fingerprint
 from offline_cai.data.trajectories import Trajectories
@@ -222,6 +222,12 @@ def test_estimates_from_data_are_marked_as_such_and_need_no_simulator(
     )
     with pytest.raises(UserError, match="unknown key 'stepz'; did you mean 'steps'"):
         evaluation_commands.off_policy(bc, {"stepz": "1"}, tmp_path / "x")
+    order: list[str] = []
+    monkeypatch.setattr(evaluation_commands, "_importance", lambda *_: order.append("importance") or "none: .")
+    monkeypatch.setattr(evaluation_commands.offpolicy, "fitted_q", lambda *_: order.append("fitted Q"))
+    with pytest.raises(TypeError):
+        evaluation_commands.off_policy(bc, {}, tmp_path / "x")
+    assert order == ["importance", "fitted Q"], "what takes a second before what takes minutes"
     assert cli.main(["evaluate", str(bc), "--off-policy", "--protocol", "debug-umaze"]) == 2
 
 
@@ -241,3 +247,11 @@ def test_a_policy_s_own_data_weigh_alike_in_importance_sampling(spec: Spec) -> N
     assert evaluation_commands._importance(algorithm, bare, 0.9) == (
         "none: the dataset keeps no log-probabilities of the policy that collected it"
     )
+    for name, why in (
+        ("soft_q", "none: its distribution over actions is known by samples alone"),
+        ("bc", "none: it acts deterministically"),
+    ):
+        other = algorithms.find(name)
+        assert evaluation_commands._importance(other(spec, other.Config()), data, 0.9) == why
+    choices = Spec(spec.obs, Discrete((3,), (0,)))
+    assert algorithms.find("bc")(choices, algorithms.find("bc").Config()).no_density is None

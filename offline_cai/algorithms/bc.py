@@ -43,6 +43,7 @@ class BC(ActorAlgorithm):
         super().__init__(spec, config, config.normaliser)
         if config.family == "deterministic":
             self.actor = Actor(spec, config.hidden, "gaussian", std=WIDTH)
+            self.no_density = None if isinstance(spec.action, Discrete) else "it acts deterministically"
         else:
             self.actor = Actor(spec, config.hidden, config.family)
 

@@ -117,6 +117,7 @@ class SoftQ(ActorAlgorithm):
     config: SoftQConfig
     actor: Sampler  # type: ignore[assignment]
     updates: Tensor
+    no_density = "its distribution over actions is known by samples alone"
 
     def __init__(self, spec: Spec, config: SoftQConfig) -> None:
         if isinstance(spec.action, Discrete):

@@ -40,6 +40,8 @@ class ActorAlgorithm(Explorer):
 
     normaliser: Normaliser
     actor: Actor
+    no_density: str | None = None
+    """Why pi(a | s) has no density to judge it by, in words; None: it has one."""
 
     def __init__(self, spec: Spec, config: Any, normaliser: NormaliserKind) -> None:
         super().__init__(spec, config)
