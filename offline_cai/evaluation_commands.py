@@ -18,7 +18,7 @@ import torch
 from offline_cai import collect as collecting
 from offline_cai import config, report
 from offline_cai.algorithms.diffuser import Diffuser
-from offline_cai.commands import Run, diffuser_of, new_folder, note_stage, open_run
+from offline_cai.commands import diffuser_of, new_folder, note_stage, open_run
 from offline_cai.core import Algorithm, Episode, Policy
 from offline_cai.data import catalogue
 from offline_cai.data.trajectories import Trajectories
@@ -60,6 +60,7 @@ def evaluate(
         raise UserError(f"{run.folder / 'config.yaml'} names no protocol: choose one with --protocol, of eval/.")
     of_protocol = {key: value for key, value in flags.items() if key not in planner}
     protocol = evaluation.protocol(name, of_protocol).on(exp.dataset)
+    manifest = (run.checkpoint / "manifest.json").read_text()
     with new_folder(output or run.folder / "evaluation", overwrite, EVALUATION_FILES) as folder:
         policy = algorithm.policy(seed=protocol.seed)
         label = "planner" if isinstance(policy, Planner) else exp.algorithm
@@ -67,7 +68,7 @@ def evaluate(
         diffuser = diffuser_of(algorithm)
         how = PlannerConfig() if diffuser is None else diffuser.config.planner
         policies |= reference_policies(protocol, exp.dataset, how, algorithm.needs.stride)
-        kept = run.folder / ".evaluation" / _key(run, protocol, policies)
+        kept = run.folder / ".evaluation" / _key(manifest, diffuser, protocol, policies)
         try:
             results = evaluation.evaluate(protocol, policies, algorithm.spec, quiet, keep=kept)
         except KeyboardInterrupt:
@@ -115,11 +116,12 @@ def text(data: Mapping[str, Any]) -> str:
     return "\n".join([*lines, report.score_line(data)])
 
 
-def _key(run: Run, protocol: evaluation.Protocol, policies: Mapping[str, Any]) -> str:
+def _key(
+    manifest: str, diffuser: Diffuser | None, protocol: evaluation.Protocol, policies: Mapping[str, Any]
+) -> str:
     """A hash of what is evaluated: the weights and settings, the protocol, and who is run."""
-    diffuser = diffuser_of(run.algorithm)
     planner = None if diffuser is None else config.to_dict(diffuser.config.planner)
-    facts = [(run.checkpoint / "manifest.json").read_text(), config.to_dict(protocol), planner, list(policies)]
+    facts = [manifest, config.to_dict(protocol), planner, list(policies)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

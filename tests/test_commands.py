@@ -171,6 +171,23 @@ def test_folders_that_are_no_runs_are_named(tmp_path: Path) -> None:
         commands.resumed(tmp_path, {})
 
 
+def test_a_run_that_goes_away_is_not_said_to_be_unwritable(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "r")
+    real = evaluation_commands.open_run
+
+    def opened(*args: Any) -> commands.Run:
+        found = real(*args)
+        shutil.rmtree(tmp_path / "r")
+        return found
+
+    monkeypatch.setattr(evaluation_commands, "open_run", opened)
+    assert cli.main(["evaluate", str(tmp_path / "r"), "--quiet"]) == 2
+    assert re.fullmatch(r"error: .*manifest\.json: No such file or directory\.\n", capsys.readouterr().err)
+    assert not (tmp_path / "r").exists()
+
+
 def test_an_interrupted_evaluation_goes_on_after_the_policies_that_are_finished(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
