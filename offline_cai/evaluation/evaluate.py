@@ -295,8 +295,8 @@ def _read(path: Path) -> _Kept | None:
             rows = zip(*columns, np.split(data["reward"], ends), data["terminal"], strict=True)
             facts = json.loads(str(data["facts"]))
             seconds, account = facts.pop("seconds"), facts.pop("account")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            cut = [(i, number) for i, number in facts.pop("cut")]
+            episodes = [Episode(*row[:3], bool(row[3])) for row in rows]
+            return _Kept(episodes, Care(**facts, cut=cut), seconds, account)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile):
         return None
-    cut = [(i, number) for i, number in facts.pop("cut")]
-    episodes = [Episode(*row[:3], bool(row[3])) for row in rows]
-    return _Kept(episodes, Care(**facts, cut=cut), seconds, account)

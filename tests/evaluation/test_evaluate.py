@@ -15,7 +15,7 @@ from offline_cai.environments.rollout import Care
 from offline_cai.environments.vector import Environments
 from offline_cai.errors import Notice, UserError
 from offline_cai.evaluation import references
-from offline_cai.evaluation.evaluate import Protocol, evaluate, protocol
+from offline_cai.evaluation.evaluate import Protocol, _Kept, _read, _write, evaluate, protocol
 from offline_cai.planning.config import PlannerConfig
 from offline_cai.planning.planner import Planner
 from offline_cai.planning.tracking import Tracker
@@ -218,6 +218,25 @@ def test_finished_policies_are_kept_and_not_run_again(debug: Protocol, maze_spec
         path.write_bytes(b"damaged")
     again = evaluate(debug, policies, maze_spec, quiet=True, keep=tmp_path)
     assert np.array_equal(again["b"].returns, whole["b"].returns), "what cannot be read is done again"
+
+
+@pytest.mark.parametrize(
+    "facts",
+    ["{", "5", "[]", '{"seconds": 1, "account": {}}', '{"seconds": 1, "account": {}, "cut": 3}',
+     '{"seconds": 1, "account": {}, "cut": [], "unknown": 1}'],
+)  # fmt: skip
+def test_what_was_kept_and_cannot_be_read_counts_as_not_kept(facts: str, tmp_path: Path) -> None:
+    episode = Episode(np.zeros((3, 4)), np.zeros((2, 1)), np.ones(2), True)
+    path = tmp_path / "kept.npz"
+    _write(path, _Kept([episode, episode], Care(None, [], [(0, 1)]), 1.0, {}))
+    kept = _read(path)
+    assert kept is not None and len(kept.episodes) == 2 and kept.care.cut == [(0, 1)]
+    with np.load(path) as data:
+        arrays = {**data, "facts": np.array(facts)}
+    np.savez(path, **arrays)
+    assert _read(path) is None
+    path.write_bytes(b"")
+    assert _read(path) is None
 
 
 def test_early_results_are_the_mean_of_what_is_finished(
