@@ -235,7 +235,7 @@ def run(recipe: Scoreboard, some: Sequence[Cell], output: Path, quiet: bool = Fa
     Returns how many failed.
 
     Raises:
-        Interrupted: what is trained can be resumed by the same command.
+        Interrupted: the same command goes on with the cell that it stopped in.
     """
     failed = 0
     for number, cell in enumerate(some, start=1):
@@ -249,9 +249,9 @@ def run(recipe: Scoreboard, some: Sequence[Cell], output: Path, quiet: bool = Fa
                 continue
             try:
                 result = {**_make(recipe, cell, quiet), "error": None}
-            except Interrupted as stop:
-                again = "The same command goes on from there."
-                raise Interrupted(f"stopped in the cell {cell.name}. {again}", stop.status) from None
+            except (Interrupted, KeyboardInterrupt) as stop:
+                again, status = "The same command goes on from there.", getattr(stop, "status", 130)
+                raise Interrupted(f"stopped in the cell {cell.name}. {again}", status) from None
             except Exception as error:
                 text = str(error) if isinstance(error, UserError) else f"it raised {type(error).__name__}: {error}"
                 result, failed = {"error": " ".join(text.split())}, failed + 1

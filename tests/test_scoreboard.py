@@ -223,3 +223,15 @@ def test_interrupted_is_no_failure(made: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(Interrupted, match="stopped in the cell BC/umaze/0") as caught:
         scoreboard.run(scoreboard.load("debug"), cells(tmp_path)[3:], tmp_path / "results", quiet=True)
     assert caught.value.status == 143 and not (tmp_path / "results" / "bc-umaze-0.json").exists()
+
+
+def test_ctrl_c_in_a_cell_that_is_not_trained_names_it_too(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoreboard.evaluation, "evaluate", stop)
+    assert call(tmp_path, "--only", "random/*") == 130
+    said = "interrupted: stopped in the cell random/umaze. The same command goes on from there.\n"
+    assert said in capsys.readouterr().err and not (tmp_path / "results").exists()
