@@ -49,6 +49,17 @@ def build(cls: type[T], data: Any, where: str) -> T:
         raise UserError(f"{where}: {error}") from None
 
 
+def part(cls: type[T], data: Any, where: str) -> T:
+    """A `cls` from the keys of `data` that are its fields; there may be others. So what a file has to hold is checked.
+
+    Raises:
+        UserError: as `build`, but for unknown keys.
+    """
+    if isinstance(data, Mapping):
+        data = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}  # type: ignore[arg-type]
+    return build(cls, data, where)
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     words = hint is str or (origin is Literal and all(isinstance(arg, str) for arg in args))

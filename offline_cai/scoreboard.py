@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from offline_cai import commands, config, evaluation_commands
 from offline_cai.data import catalogue, scores
 from offline_cai.environments.make import env_spec
-from offline_cai.errors import Interrupted, UserError
+from offline_cai.errors import Interrupted, Notice, UserError
 from offline_cai.evaluation import board
 from offline_cai.evaluation import evaluate as evaluation
 from offline_cai.evaluation.statistics import summarise
@@ -209,10 +210,19 @@ def chosen(some: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
 
 
 def record(cell: Cell, output: Path) -> dict[str, Any] | None:
-    """What is known of a cell; None if it was not made yet, or from something else."""
+    """What is known of a cell; None if it was not made yet, or from something else, or (a Notice) its file is damaged."""
     path = output / cell.file
-    found = read_json(path, "fingerprint", "error") if path.exists() else None
-    return found if found is not None and found["fingerprint"] == cell.fingerprint else None
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path, "fingerprint")
+        if found["fingerprint"] != cell.fingerprint:
+            return None
+        board.check(found, str(path))
+    except UserError as error:
+        warnings.warn(f"the cell {cell.name} is to do again: {error}", Notice, stacklevel=2)
+        return None
+    return found
 
 
 def status(some: Sequence[Cell], output: Path) -> str:

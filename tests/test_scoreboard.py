@@ -215,6 +215,25 @@ def test_shipped_scoreboards_are_sound(name: str, tmp_path: Path) -> None:
     assert scoreboard.cells(scoreboard.load(name), name, tmp_path)
 
 
+def test_a_damaged_record_is_to_do_again_and_named(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ("--only", "random/*")
+    assert call(tmp_path, *only) == 0
+    paths = [tmp_path / "results" / f"random-{task}.json" for task in ("umaze", "pendulum")]
+    sound, made = json.loads(paths[0].read_text()), [timeless(path) for path in paths]
+    damaged = [{**sound, **damage} for damage in ({"protocol": None}, {"curve": [{}]}, {"error": 5})]
+    for text in ("{", *map(json.dumps, damaged)):
+        paths[0].write_text(text)
+        assert call(tmp_path, "--list", *only) == 0
+        said = capsys.readouterr()
+        assert said.out.count(": to do") == 1 and "random/umaze: to do" in said.out
+        assert said.err.startswith(f"warning: the cell random/umaze is to do again: {paths[0]}")
+    paths[1].unlink()
+    assert call(tmp_path, *only) == 0
+    assert [timeless(path) for path in paths] == made
+
+
 def test_interrupted_is_no_failure(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any, **kwargs: Any) -> None:
         raise Interrupted("stopped", 143)

@@ -1,14 +1,64 @@
 """The scoreboard's table and pictures, from the records of its cells."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from offline_cai import config
 from offline_cai.data import scores
+from offline_cai.errors import UserError
 from offline_cai.evaluation import plots, statistics
 
 Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    cell: str
+    kind: str
+    label: str
+    task: str
+    seed: int | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class _Result:
+    n: int
+    mean: float
+    se: float | None
+    curve: tuple[dict[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if any(not {"step", "score", "return"} <= row.keys() for row in self.curve):
+            raise UserError("a row of its curve lacks step, score or return.")
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    environment: str
+    score: tuple[float, float] | str | None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class _Minutes:
+    train: float
+    evaluate: float
+
+
+def check(record: Any, where: str) -> None:
+    """Look whether a record, read from the file `where`, holds what is shown of it.
+
+    Raises:
+        UserError: something is missing or of another type.
+    """
+    if not config.part(_Cell, record, where).error:
+        config.part(_Result, record, where)
+        config.part(_Protocol, record.get("protocol"), f"{where}: protocol")
+        config.part(_Minutes, record.get("cpu_minutes"), f"{where}: cpu_minutes")
 
 
 def line(record: Record) -> str:
