@@ -14,9 +14,9 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from offline_cai import cli, commands, evaluation_commands, report
+from offline_cai import cli, commands, config, evaluation_commands, report
 from offline_cai.errors import Notice, UserError
-from offline_cai.report import runs, sections
+from offline_cai.report import compose, runs, scores, sections
 from offline_cai.training import experiment
 
 WHILE_TRAINING = {"training.evaluate_every": "10", "training.evaluate_episodes": "2"}
@@ -122,6 +122,61 @@ def test_bad_runs_are_sentences_and_the_rest_is_written(
     assert cli.main(["report", *words, "--output", str(tmp_path / "page.html")]) == 2
     assert "is not overwritten: pass --overwrite" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "typo"), str(tmp_path)]) == 2, "no run at all"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"results": []}, "results: expected dict, not []"),
+        ({"protocol": None}, "protocol: expected dict, not None"),
+        ({"policy": "nobody"}, "no results of its policy 'nobody'"),
+        ({"protocol": {"name": "p"}}, "protocol: the key 'environment' is missing"),
+        ({"results": {"bc": {"n": 4}}}, "results.bc: the key 'mean' is missing"),
+    ],
+)
+def test_a_damaged_evaluation_takes_its_own_run_s_results_alone(
+    cloned: list[Path], tmp_path: Path, damage: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "evaluation").mkdir()
+    shutil.copy(cloned[1] / "config.yaml", tmp_path)
+    sound = json.loads((cloned[1] / "evaluation" / "results.json").read_text())
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps({**sound, **damage}))
+    notes: list[str] = []
+    some = [runs.read(folder, notes) for folder in (cloned[0], tmp_path)]
+    assert some[1].results is None and "debug-umaze" in scores.tables(runs.groups(some))
+    (said,) = (note for note in notes if "evaluation" in note and "has no" not in note)
+    assert said.startswith(f"the evaluation of {tmp_path} is left out: ") and words in said
+
+
+def test_episodes_that_are_lost_are_noticed(cloned: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    shutil.copy(cloned[1] / "config.yaml", tmp_path)
+    data = json.loads((cloned[1] / "evaluation" / "results.json").read_text())
+    data["results"]["bc"]["returns"].pop()
+    (tmp_path / "evaluation" / "results.json").write_text(json.dumps(data))
+    notes: list[str] = []
+    assert runs.read(tmp_path, notes).results is None
+    assert "results.bc are not of the protocol's 4 episodes" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("training", 5, "training: expected dict, not 5"),
+        ("seed", "x", "seed: expected int, not 'x'"),
+        ("training", {"steps": "many"}, "training: steps: expected int, not 'many'"),
+        ("name", ["a"], "name: expected str"),
+    ],
+)
+def test_a_damaged_config_leaves_its_own_run_out(
+    cloned: list[Path], tmp_path: Path, field: str, value: Any, words: str
+) -> None:
+    settings = config.read(cloned[1] / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config.dump({**settings, field: value}))
+    notes: list[str] = []
+    found, refused = compose._read([cloned[0], tmp_path], notes)
+    assert [run.folder for run in found] == [cloned[0]] and len(refused) == 1
+    assert f"{tmp_path / 'config.yaml'} is damaged: {words}" in notes[-1]
 
 
 def test_what_cannot_be_drawn_is_said(cloned: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
