@@ -132,17 +132,26 @@ def _over_tasks(tasks: Collection[str], labels: Sequence[str], done: Sequence[Re
     for label, own in strata.items():
         iqm = statistics.interquartile_mean(list(own.values()))
         better = statistics.probability_of_improvement(list(own.values()), list(strata[first].values()))
-        beside = "" if label == first else f"{better.value:.2f} [{better.low:.2f}, {better.high:.2f}]"
-        lines.append(f"| {label} | {iqm.value:.1f} [{iqm.low:.1f}, {iqm.high:.1f}] | {beside} | {iqm.n} |")
+        middle, beside = f"{iqm.value:.1f}", "" if label == first else f"{better.value:.2f}"
+        if _several(own):
+            middle += f" [{iqm.low:.1f}, {iqm.high:.1f}]"
+        if label != first and (_several(own) or _several(strata[first])):
+            beside += f" [{better.low:.2f}, {better.high:.2f}]"
+        lines.append(f"| {label} | {middle} | {beside} | {iqm.n} |")
     fewest = min(len(seeds) for own in strata.values() for seeds in own.values())
     lines += ["", f"One score per run; bootstrapped over the seeds of each task. {_few_seeds(fewest)}".rstrip()]
     return ["", *lines]
 
 
+def _several(own: Mapping[str, np.ndarray]) -> bool:
+    """Whether there is anything to resample: two seeds on some task."""
+    return any(len(seeds) > 1 for seeds in own.values())
+
+
 def _few_seeds(fewest: int) -> str:
     """What an interval over tasks is worth; measured in `tests/evaluation/test_statistics.py`."""
     if fewest == 1:
-        return "A task with one seed adds nothing to a width: these intervals are too narrow."
+        return "A task with one seed adds nothing to a width: intervals are too narrow, or with one on all there is none."
     worth = {2: 70, 3: 85, 4: 88, 5: 90}.get(fewest)
     if worth is None:
         return ""
