@@ -116,9 +116,7 @@ def text(data: Mapping[str, Any]) -> str:
     return "\n".join([*lines, report.score_line(data)])
 
 
-def _key(
-    manifest: str, diffuser: Diffuser | None, protocol: evaluation.Protocol, policies: Mapping[str, Any]
-) -> str:
+def _key(manifest: str, diffuser: Diffuser | None, protocol: evaluation.Protocol, policies: Mapping[str, Any]) -> str:
     """A hash of what is evaluated: the weights and settings, the protocol, and who is run."""
     planner = None if diffuser is None else config.to_dict(diffuser.config.planner)
     facts = [manifest, config.to_dict(protocol), planner, list(policies)]

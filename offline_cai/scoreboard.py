@@ -210,7 +210,7 @@ def chosen(some: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
 
 
 def record(cell: Cell, output: Path) -> dict[str, Any] | None:
-    """What is known of a cell; None if it was not made yet, or from something else, or (a Notice) its file is damaged."""
+    """What is known of a cell; None if it was not made yet, or from something else, or (with a Notice) is damaged."""
     path = output / cell.file
     if not path.exists():
         return None

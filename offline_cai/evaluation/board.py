@@ -151,7 +151,7 @@ def _several(own: Mapping[str, np.ndarray]) -> bool:
 def _few_seeds(fewest: int) -> str:
     """What an interval over tasks is worth; measured in `tests/evaluation/test_statistics.py`."""
     if fewest == 1:
-        return "A task with one seed adds nothing to a width: intervals are too narrow, or with one on all there is none."
+        return "A task with one seed adds nothing to a width: these are too narrow, and with one on all there is none."
     worth = {2: 70, 3: 85, 4: 88, 5: 90}.get(fewest)
     if worth is None:
         return ""

@@ -50,7 +50,7 @@ def test_over_tasks_only_what_all_have_and_normalised_ones_count() -> None:
 def test_one_seed_and_one_task_are_not_dressed_up() -> None:
     one = [r for r in records() if r["seed"] == 0]
     text = board.table(["a", "b"], ["BC", "IQL"], one)
-    assert "intervals are too narrow, or with one on all there is none" in text
+    assert "these are too narrow, and with one on all there is none" in text
     assert "| BC | 20.0 |  | 2 |" in text and "| IQL | 25.0 | 1.00 | 2 |" in text
     mixed = board.table(["a", "b"], ["BC", "IQL"], [r for r in records() if r["seed"] == 0 or r["label"] == "IQL"])
     assert "| BC | 20.0 |  | 2 |" in mixed and "| IQL | 47.5 [" in mixed and "] | 4 |" in mixed
