@@ -141,11 +141,14 @@ def _evaluate(args: argparse.Namespace, flags: dict[str, str]) -> None:
         facts = evaluation_commands.off_policy(args.folder, flags, args.output, args.overwrite, quiet)
         print(json.dumps(facts) if args.json else evaluation_commands.off_policy_text(facts))
         return
-    data = evaluation_commands.evaluate(args.folder, args.protocol, flags, args.output, args.overwrite, quiet)
-    if args.json:
-        print(json.dumps(data))
-        return
-    print(f"{evaluation_commands.text(data)}\nnext: offline-cai report {data['run']}")
+    how = (args.protocol, flags, args.output, args.overwrite, quiet)
+    if who := evaluation_commands.reference(args.folder):
+        data = evaluation_commands.evaluate_reference(who, *how)
+        after = f"results: {data['written to']}"
+    else:
+        data = evaluation_commands.evaluate(args.folder, *how)
+        after = f"next: offline-cai report {data['run']}"
+    print(json.dumps(data) if args.json else f"{evaluation_commands.text(data)}\n{after}")
 
 
 def _scoreboard(args: argparse.Namespace, flags: dict[str, str]) -> int:

@@ -5,10 +5,11 @@ Each command gives plain facts, and a function beside it shows them to people.
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,31 +77,83 @@ def evaluate(
             again = "the same command goes on after them."
             raise Interrupted(f"{done} of {len(policies)} policies are evaluated and kept: {again}") from None
         data = {
-            "protocol": config.to_dict(protocol),
-            "mismatch": protocol.mismatch,
-            "policy": label,
-            "results": {key: result.to_json() for key, result in results.items()},
-            "paired": {
-                key: asdict(paired(results[label].scores, result.scores))
-                for key, result in results.items()
-                if key != label
-            },
+            **_data(protocol, label, results),
             "planner": _explain(results[label].account, diffuser),
             "guidance": _guided(results[label].account, diffuser),
             "checkpoint": run.checkpoint.name,
-            "versions": versions(),
         }
-        (folder / "results.json").write_text(json.dumps(data, indent=1))
-        paths = {key: np.stack([e.obs for e in result.episodes]) for key, result in results.items() if _even(result)}
-        arrays: dict[str, Any] = {key: value.astype(np.float32) for key, value in paths.items()}
-        np.savez_compressed(folder / "paths.npz", **arrays)
-        _keep_episodes(folder / "episodes.npz", results[label].episodes, protocol)
-        _draw_paths(folder / "paths.png", protocol, results)
-        if results[label].account.get("first"):
-            _draw_choices(folder, protocol, results[label])
+        _write(folder, data, protocol, results)
     shutil.rmtree(kept.parent, ignore_errors=True)
     note_stage(run.folder, "evaluate", time.monotonic() - began)
     return {**data, "run": str(run.folder)}
+
+
+def reference(path: Path) -> str | None:
+    """The reference that a user means by what may be a run's folder: a name, or an actor's file; None: neither."""
+    if references.is_one(str(path)) and not path.exists():
+        return str(path)
+    return f"actor:{path}" if path.suffix == ".npz" else None
+
+
+def evaluate_reference(
+    who: str,
+    name: str | None = None,
+    flags: Mapping[str, str] | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Evaluate a policy that needs no run, such as "random" or "actor:hopper-medium", under a protocol.
+
+    It is alone, unless `flags` name references. Writes EVALUATION_FILES and returns what results.json holds.
+    """
+    if name is None:
+        raise UserError(f"{who!r} is of no run that names a protocol: choose one with --protocol, of eval/.")
+    protocol = evaluation.protocol(name, {"references": "[]", **(flags or {})}).on(None)
+    target = output or Path("runs") / "references" / protocol.name / re.sub(r"[^\w.]+", "-", who)
+    with new_folder(target, overwrite, EVALUATION_FILES) as folder:
+        all_of_them = replace(protocol, references=(who, *protocol.references))
+        policies = reference_policies(all_of_them, None, PlannerConfig(execute="pursue"), 1)
+        env = protocol.make()
+        spec = env_spec(env)
+        env.close()
+        results = evaluation.evaluate(protocol, policies, spec, quiet)
+        data = {**_data(protocol, who, results), "planner": {}}
+        _write(folder, data, protocol, results)
+    return {**data, "written to": str(target)}
+
+
+def _data(protocol: evaluation.Protocol, label: str, results: Mapping[str, evaluation.Result]) -> dict[str, Any]:
+    """What results.json holds of any policy."""
+    ours = results[label].scores
+    return {
+        "protocol": config.to_dict(protocol),
+        "mismatch": protocol.mismatch,
+        "policy": label,
+        "results": {name: result.to_json() for name, result in results.items()},
+        "paired": {
+            name: asdict(paired(ours, result.scores)) for name, result in results.items() if name != label
+        },
+        "versions": versions(),
+    }
+
+
+def _write(
+    folder: Path,
+    data: Mapping[str, Any],
+    protocol: evaluation.Protocol,
+    results: Mapping[str, evaluation.Result],
+) -> None:
+    """Write EVALUATION_FILES."""
+    ours = results[data["policy"]]
+    (folder / "results.json").write_text(json.dumps(data, indent=1))
+    paths = {name: np.stack([e.obs for e in result.episodes]) for name, result in results.items() if _even(result)}
+    arrays: dict[str, Any] = {name: path.astype(np.float32) for name, path in paths.items()}
+    np.savez_compressed(folder / "paths.npz", **arrays)
+    _keep_episodes(folder / "episodes.npz", ours.episodes, protocol)
+    _draw_paths(folder / "paths.png", protocol, results)
+    if ours.account.get("first"):
+        _draw_choices(folder, protocol, ours)
 
 
 def text(data: Mapping[str, Any]) -> str:

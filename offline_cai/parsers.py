@@ -155,6 +155,10 @@ def build() -> tuple[Parser, dict[str, Parser]]:
 
         RUN is a run's folder or one of its checkpoints. The protocol (environment, episodes, seeds, references) is a
         recipe in eval/; the config names one. Flags set its fields, and those of the planner (--planner.steps 8).
+        Instead of a run, RUN may be an actor's .npz file or a reference: random, controller, controller without noise,
+        actor:FILE or actor without noise:FILE (a path, or a name in datasets/actors/). It is evaluated alone, unless
+        --references names others; so can an actor stand beside a run (--references [actor:hopper-medium]).
+
         Writes results.json (scores per episode, statistics, versions) and paths.npz; if it is stopped, policies that
         are finished are kept. With --off-policy no simulator is run: fitted Q evaluation and importance sampling
         estimate the discounted return from the dataset (estimates.json), and flags set how (--steps 20000).
@@ -162,10 +166,10 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         "--episodes 50 --seed 7 --references []",
     )
     evaluate.add_argument("folder", metavar="RUN", type=Path)
-    evaluate.add_argument("--protocol", help="a file, or a name in eval/ (default: what the config names)")
+    evaluate.add_argument("--protocol", help="a file, or a name in eval/ (default: what RUN's config names)")
     evaluate.add_argument("--off-policy", action="store_true", help="estimate from the dataset alone")
     evaluate.add_argument("--json", action="store_true", help="print the results as one JSON object")
-    _writes(evaluate, "RUN/evaluation, or RUN/off-policy")
+    _writes(evaluate, "RUN/evaluation, or RUN/off-policy; of a reference runs/references/PROTOCOL/NAME")
 
     scoreboard = add(
         "scoreboard",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from offline_cai import algorithms, cli, commands, demo, evaluation_commands, report
+from offline_cai import algorithms, cli, commands, config, demo, evaluation_commands, report
 from offline_cai.core import Discrete, Episode, Spec
 from offline_cai.data import minari
 from offline_cai.data.cache import fingerprint
@@ -214,6 +214,44 @@ def test_an_interrupted_evaluation_goes_on_after_the_policies_that_are_finished(
         assert data["results"][name]["returns"] == result["returns"]
     assert not (tmp_path / "r" / ".evaluation").exists()
     assert data["planner"]["plans"] == whole["planner"]["plans"] > 0, "what it says of its plans is kept with them"
+
+
+def test_an_actor_s_file_and_a_reference_are_evaluated_without_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(config.find("hopper-medium", "datasets/actors"), tmp_path / "mine.npz")
+    how = ["--protocol", "hopper", "--episodes", "2", "--environments", "2", "--kwargs", "{max_episode_steps: 20}"]
+    assert cli.main(["evaluate", "mine.npz", *how, "--references", "[random]", "--quiet"]) == 0
+    assert "score: actor:mine.npz " in capsys.readouterr().out
+    folder = tmp_path / "runs" / "references" / "hopper"
+    data = json.loads((folder / "actor-mine.npz" / "results.json").read_text())
+    assert data["policy"] == "actor:mine.npz" and list(data["paired"]) == ["random"]
+    alone = evaluation_commands.evaluate_reference("actor:hopper-medium", "hopper", dict(_flags(how)), quiet=True)
+    mean = evaluation_commands.evaluate_reference(
+        "actor without noise:mine.npz", "hopper", dict(_flags(how)), quiet=True
+    )
+    assert list(alone["results"]) == ["actor:hopper-medium"]
+    returns = [d["results"][d["policy"]]["returns"] for d in (data, alone, mean)]
+    assert returns[0] == returns[1] != returns[2], "the same actor, with its noise and without"
+    assert cli.main(["evaluate", "random", *how, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["random"]["returns"] == data["results"]["random"]["returns"]
+    for words, said in (
+        (["mine.npz"], "choose one with --protocol"),
+        (["actor:nobody", *how], "no file and no recipe 'nobody' in datasets/actors/"),
+        (["random", *how, "--references", "[actr:x]", "--output", "elsewhere"], "did you mean 'actor:FILE'"),
+        (["random", *how], "exists already"),
+    ):
+        assert cli.main(["evaluate", *words, "--quiet"]) == 2
+        assert said in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("actor-hopper-medium", "actor-mine.npz", "actor-without-noise-mine.npz", "random")
+    ]
+
+
+def _flags(words: list[str]) -> list[tuple[str, str]]:
+    """What stands behind the protocol."""
+    return [(name.removeprefix("--"), value) for name, value in zip(words[2::2], words[3::2], strict=True)]
 
 
 def test_estimates_from_data_are_marked_as_such_and_need_no_simulator(

@@ -51,7 +51,7 @@ class Protocol:
     seed: int = 1000
     """Seed of the starts, apart from any seed of training or collection."""
     references: tuple[str, ...] = ()
-    """Reference policies evaluated on the same starts."""
+    """Reference policies evaluated on the same starts, by name; an actor's file as in actor:hopper-medium."""
     workers: int = 0
     """Processes that the environments are shared out to; 0: they run in the evaluating process."""
     timeout: float = 60.0

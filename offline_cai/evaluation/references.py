@@ -1,13 +1,15 @@
 """Reference policies, by name: what a score has to be seen beside."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from offline_cai import seeding
+from offline_cai import config, seeding
 from offline_cai.core import Policy, Spec
 from offline_cai.data.trajectories import Trajectories
+from offline_cai.environments.actors import Actor, Mode
 from offline_cai.environments.behaviour import MazeController, RandomPolicy
 from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import UserError, did_you_mean
@@ -68,6 +70,11 @@ def random(s: Setting) -> Policy:
     return RandomPolicy(s.spec, seeding.seed_of(s.seed, 3))
 
 
+def actor(s: Setting, file: str, mode: Mode) -> Policy:
+    """An actor of an .npz file: a path, or a name in datasets/actors/."""
+    return Actor(config.find(file, "datasets/actors"), s.spec, seeding.seed_of(s.seed, 4), mode)
+
+
 REFERENCES: Mapping[str, Callable[[Setting], Policy]] = {
     "controller": controller,
     "controller without noise": controller_without_noise,
@@ -76,7 +83,23 @@ REFERENCES: Mapping[str, Callable[[Setting], Policy]] = {
 }
 
 
+ACTORS: Mapping[str, Mode] = {"actor": "stochastic", "actor without noise": "deterministic"}
+"""Those of a file, which stands behind a colon: "actor:hopper-medium"."""
+
+
 def find(name: str) -> Callable[[Setting], Policy]:
-    if name not in REFERENCES:
-        raise UserError(f"there is no reference policy {name!r}; {did_you_mean(name, REFERENCES)}")
-    return REFERENCES[name]
+    """What makes the reference of a name.
+
+    Raises:
+        UserError: there is none; it names the nearest.
+    """
+    if is_one(name):
+        kind, _, file = name.partition(":")
+        return REFERENCES[name] if name in REFERENCES else partial(actor, file=file, mode=ACTORS[kind])
+    names = [*REFERENCES, *(f"{kind}:FILE" for kind in ACTORS)]
+    raise UserError(f"there is no reference policy {name!r}; {did_you_mean(name, names)}")
+
+
+def is_one(name: str) -> bool:
+    kind, _, file = name.partition(":")
+    return name in REFERENCES or (kind in ACTORS and bool(file))

@@ -87,6 +87,8 @@ def test_references_are_what_their_names_say(debug: Protocol, maze_spec: Spec, d
     assert path.act(env.reset(seed=0)[0]["observation"][[0, 1, 0, 1, 0, 1, 2, 3]][None])[0].shape == (1, 2)
     with pytest.raises(UserError, match="did you mean 'controller'"):
         references.find("controler")
+    with pytest.raises(UserError, match="did you mean 'actor:FILE'"):
+        references.find("actor")
 
 
 def test_locomotion_needs_no_maze_and_its_references_say_so(dataset: str) -> None:
