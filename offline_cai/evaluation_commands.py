@@ -131,9 +131,7 @@ def _data(protocol: evaluation.Protocol, label: str, results: Mapping[str, evalu
         "mismatch": protocol.mismatch,
         "policy": label,
         "results": {name: result.to_json() for name, result in results.items()},
-        "paired": {
-            name: asdict(paired(ours, result.scores)) for name, result in results.items() if name != label
-        },
+        "paired": {name: asdict(paired(ours, result.scores)) for name, result in results.items() if name != label},
         "versions": versions(),
     }
 
