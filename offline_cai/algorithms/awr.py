@@ -28,7 +28,7 @@ from offline_cai.policies import dial
 from offline_cai.policies.acting import OfflineActorAlgorithm, check_trace
 from offline_cai.policies.dial import Temperature
 from offline_cai.policies.networks import Actor, Value
-from offline_cai.policies.projection import Projection
+from offline_cai.policies.projection import Projection, check_clip
 
 EPISODE_BUDGET = 1.0  # nats
 
@@ -66,6 +66,7 @@ class AWRConfig:
     def __post_init__(self) -> None:
         dial.check(self.temperature, self.kl_budget)
         check_trace(self.discount, self.trace)
+        check_clip(self.clip)
         if self.horizon < 1 or (self.std is not None and not self.std > 0):
             raise UserError("horizon has to be at least 1, and std positive, or null to learn it.")
 

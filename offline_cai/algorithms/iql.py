@@ -18,7 +18,7 @@ from offline_cai.policies import by_hand, dial
 from offline_cai.policies.acting import OfflineActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Temperature
 from offline_cai.policies.networks import LOG_STD, Actor, Critic, Value, follow, slow
-from offline_cai.policies.projection import Projection
+from offline_cai.policies.projection import Projection, check_clip
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class IQLConfig:
 
     def __post_init__(self) -> None:
         dial.check(self.temperature, self.kl_budget)
+        check_clip(self.clip)
         if not 0 < self.expectile < 1:
             raise UserError(f"expectile is {self.expectile}; it has to be between 0 and 1.")
         check_bootstrap(self.discount, self.tau)

@@ -8,10 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from offline_cai.core import Step
+from offline_cai.errors import UserError
 from offline_cai.inference import soft
 from offline_cai.policies.dial import Dial, Temperature
 
 LARGEST = 600.0  # nats: exp is 1e260, and float64 (up to 1e308) holds the sum of any batch, of nats · exp(nats) too
+
+
+def check_clip(clip: float | None) -> None:
+    """For a config's `__post_init__`.
+
+    Raises:
+        UserError: a largest weight that is not positive.
+    """
+    if clip is not None and not clip > 0:
+        raise UserError(f"clip is {clip}; as the largest weight it has to be positive, or null for none.")
 
 
 class Projection(nn.Module):
