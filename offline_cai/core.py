@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from offline_cai import config, export
 from offline_cai.errors import UserError, did_you_mean
 
+MOST_CHOICES = 100_000  # joint ones: a layer of 256 units before them has 26 million weights
+
 
 class Field(NamedTuple):
     """One named part of an observation."""
@@ -115,8 +117,20 @@ class Spec:
 
     @property
     def unit_width(self) -> int:
-        """The width U of an action in unit space: A, or the number of joint choices."""
-        return math.prod(self.action.n) if isinstance(self.action, Discrete) else self.action_width
+        """The width U of an action in unit space: A, or the number of joint choices.
+
+        Raises:
+            UserError: joint choices that are too many for an output each.
+        """
+        if not isinstance(self.action, Discrete):
+            return self.action_width
+        if (count := math.prod(self.action.n)) > MOST_CHOICES:
+            raise UserError(
+                f"the action has {' x '.join(map(str, self.action.n))} = {count:,} joint choices, and networks here "
+                f"give each an output of its own, for {MOST_CHOICES:,} at most: wrap the environment so that it "
+                "offers fewer choices, or takes numbers (a Box) that it rounds."
+            )
+        return count
 
     def to_unit(self, action: Tensor) -> Tensor:
         """Raw actions [..., A] to unit space [..., U]: bounds to [-1, 1], joint choices to one-hot."""

@@ -39,6 +39,9 @@ def test_choices_are_one_hot_over_their_joint_number() -> None:
     assert torch.equal(choices.to_raw(torch.eye(12)), raw)
     with pytest.raises(UserError, match=r"choices \(3 x 4\), but continuous actions are needed"):
         choices.box.low  # noqa: B018
+    many = Spec((Field("observation", 2),), Discrete((10,) * 7, (0,) * 7))
+    with pytest.raises(UserError, match=r"10 x 10 x .* = 10,000,000 joint choices.* 100,000 at most: wrap"):
+        many.unit_width  # noqa: B018
 
 
 def test_known_rows_are_imposed() -> None:
