@@ -58,7 +58,7 @@ def leaves(space: gym.Space, path: tuple[str | int, ...] = ()) -> Iterator[Leaf]
     """The leaves in the order of the rule.
 
     Raises:
-        UserError: a space that has no flat numbers: images, texts, sequences, graphs.
+        UserError: a space that has no flat numbers: texts, sequences, graphs.
     """
     leaf = Leaf(path, space)
     if isinstance(space, Dict):
@@ -69,11 +69,6 @@ def leaves(space: gym.Space, path: tuple[str | int, ...] = ()) -> Iterator[Leaf]
     elif isinstance(space, Tuple):
         for number, part in enumerate(space.spaces):
             yield from leaves(part, (*path, number))
-    elif isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) > 1:
-        raise UserError(
-            f"{leaf.name!r} holds images ({space}), which this package does not train on. Make a dataset of states, or "
-            "of the features that an encoder gives."
-        )
     elif isinstance(space, Box | Discrete | MultiDiscrete | MultiBinary):
         yield leaf
     else:
@@ -89,7 +84,7 @@ def spec_of(observation: gym.Space, action: gym.Space, dt: float | None = None) 
     Raises:
         UserError: a space of images, texts or sequences; no observation; actions of both kinds, or without bounds.
     """
-    fields = tuple(Field(leaf.name, sum(leaf.choices) or leaf.components) for leaf in leaves(observation))
+    fields = tuple(_field(leaf) for leaf in leaves(observation))
     if not sum(field.width for field in fields):
         raise UserError(f"the observation space {observation} is empty: there is nothing to train on.")
     parts = list(leaves(action))
@@ -102,6 +97,17 @@ def spec_of(observation: gym.Space, action: gym.Space, dt: float | None = None) 
     if continuous == {True}:
         return Spec(fields, core.Box(tuple(map(float, low)), tuple(map(float, high))), dt)
     return Spec(fields, core.Discrete(tuple(int(n) for n in high - low + 1), tuple(map(int, low))), dt)
+
+
+def _field(leaf: Leaf) -> Field:
+    """A part of an observation. Three dimensions are an image's, whatever its numbers, and two of bytes."""
+    space = leaf.space
+    if isinstance(space, Box) and (len(space.shape) > 2 or (len(space.shape) == 2 and space.dtype == np.uint8)):
+        raise UserError(
+            f"{leaf.name!r} holds images ({space}), and no algorithm here reads images: wrap the environment so that "
+            "it gives features, or make a dataset of states."
+        )
+    return Field(leaf.name, sum(leaf.choices) or leaf.components)
 
 
 def require_same_spec(ours: Spec, theirs: Spec) -> None:

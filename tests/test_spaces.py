@@ -90,6 +90,7 @@ def test_a_choice_that_a_space_does_not_have_is_named(bad: float) -> None:
         (MultiBinary(2), core.Discrete((2, 2), (0, 0))),
         (Dict({"b": Discrete(2), "a": MultiDiscrete([3], start=[1])}), core.Discrete((3, 2), (1, 0))),
         (Tuple((BOX, Box(0, 4, (1,)))), core.Box((-1.0, -1.0, 0.0), (1.0, 1.0, 4.0))),
+        (Box(-1, 1, (1, 2, 1)), core.Box((-1.0, -1.0), (1.0, 1.0))),
         (Dict({"b": BOX, "a": Box(0, 4, ())}), core.Box((0.0, -1.0, -1.0), (4.0, 1.0, 1.0))),
     ],
 )
@@ -111,7 +112,8 @@ def test_actions_keep_their_numbers_and_return_as_they_were(space: gym.Space, ex
     [
         (Dict({}), BOX, "empty"),
         (Dict({"a/b": BOX}), BOX, "without '/'"),
-        (Box(0, 255, (8, 8, 3), dtype=np.uint8), BOX, "'observation' holds images"),
+        (Box(0, 255, (8, 8), dtype=np.uint8), BOX, "'observation' holds images"),
+        (Dict({"a": Box(0, 1, (8, 8, 3), dtype=np.float32)}), BOX, "'a' holds images.* no algorithm here .* or make"),
         (Dict({"x": Text(3)}), BOX, "'x' is Text"),
         (BOX, gym.spaces.Sequence(BOX), "Sequence"),
         (BOX, Tuple((BOX, Discrete(2))), "mixes numbers and choices"),
