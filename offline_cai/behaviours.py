@@ -14,6 +14,7 @@ from offline_cai.environments.maze2d import Maze
 from offline_cai.environments.vector import Environments
 from offline_cai.errors import UserError, did_you_mean
 from offline_cai.training import checkpoint
+from offline_cai.training.gathered import Gathered, gathered
 
 
 class Behaviour(Protocol):
@@ -131,11 +132,40 @@ class FromRun:
         return _noisy(algorithm.policy(seed=seed), spec, seed, self.gaussian, self.epsilon)
 
 
-BEHAVIOURS: Mapping[str, Callable[..., Behaviour]] = {
+@dataclass(frozen=True)
+class Replayed:
+    """Nobody acts: what an online run of this package gathered is taken whole."""
+
+    run: str | None = None
+    """A run's folder or one of its checkpoints, whose replay is the one up to its step."""
+
+    @property
+    def name(self) -> str:
+        return f"all policies on the way of the run {self.run}"
+
+    @property
+    def digest(self) -> str:
+        return _digest(checkpoint.find(self._run) / "manifest.json")
+
+    @property
+    def _run(self) -> str:
+        if self.run is None:
+            raise UserError(
+                "this recipe makes a dataset of the replay of an online run, and names none: say which one with "
+                "--behaviour.run RUN, a run's folder or one of its checkpoints."
+            )
+        return self.run
+
+    def gathered(self) -> Gathered:
+        return gathered(self._run)
+
+
+BEHAVIOURS: Mapping[str, Callable[..., Behaviour | Replayed]] = {
     "maze-controller": Controller,
     "actor": FromFile,
     "checkpoint": FromRun,
     "random": Random,
+    "replay": Replayed,
 }
 
 
@@ -159,7 +189,7 @@ def _fields(spec: Spec) -> str:
     return "(" + ", ".join(f"{part.name}: {part.width}" for part in spec.obs) + ")"
 
 
-def parse(data: dict[str, Any], where: str) -> tuple[float, Behaviour]:
+def parse(data: dict[str, Any], where: str) -> tuple[float, Behaviour | Replayed]:
     """(share of the steps, behaviour) from what stands in a recipe.
 
     Raises:

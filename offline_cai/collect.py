@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from offline_cai import behaviours, config, provenance, seeding
+from offline_cai.behaviours import Replayed
 from offline_cai.core import Episode
 from offline_cai.data import minari
 from offline_cai.environments.make import env_spec, make
@@ -49,10 +50,10 @@ class Recipe:
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of gymnasium.make."""
     behaviour: dict[str, Any] | tuple[dict[str, Any], ...] = field(default_factory=dict)
-    """Who acts: `policy` (maze-controller, actor, checkpoint or random) and its arguments. A list of them is a mixture,
-    one after the other, each with its `share` of the steps."""
-    steps: int = 200_000
-    """Time steps, a multiple of environments × parts for each behaviour."""
+    """Who acts: `policy` (maze-controller, actor, checkpoint or random) and its arguments; or `policy: replay`, what a
+    run gathered. A list of them is a mixture, one after the other, each with its `share` of the steps."""
+    steps: int | None = 200_000
+    """Time steps, a multiple of environments × parts for each behaviour; null for a replay, which is taken whole."""
     environments: int = 10
     """Environments side by side."""
     parts: int = 1
@@ -61,6 +62,10 @@ class Recipe:
     """Seed of starts, goals and noise."""
 
     def __post_init__(self) -> None:
+        if (self.steps is None) != (self.replay is not None):
+            raise UserError(f"steps is {self.steps}; it has to be null for a replay, and a number where somebody acts.")
+        if self.steps is None:
+            return
         for share, _ in self.behaviours:
             each, grain = self.steps * share, self.environments * self.parts
             if min(self.steps, self.environments, self.parts) < 1 or abs(each / grain - round(each / grain)) > 1e-9:
@@ -70,7 +75,7 @@ class Recipe:
                 )
 
     @property
-    def behaviours(self) -> list[tuple[float, behaviours.Behaviour]]:
+    def behaviours(self) -> list[tuple[float, behaviours.Behaviour | Replayed]]:
         """(share of the steps, behaviour), in the order of collection.
 
         Raises:
@@ -84,6 +89,18 @@ class Recipe:
         if abs(sum(share for share, _ in found) - 1) > 1e-9 or any(share <= 0 for share, _ in found):
             raise UserError(f"the shares of the behaviours are {[share for share, _ in found]}; they have to sum to 1.")
         return found
+
+    @property
+    def replay(self) -> Replayed | None:
+        """The run whose replay becomes the dataset; None where somebody acts.
+
+        Raises:
+            UserError: a replay beside other behaviours.
+        """
+        found = [behaviour for _, behaviour in self.behaviours if isinstance(behaviour, Replayed)]
+        if found and len(self.behaviours) > 1:
+            raise UserError("a replay is taken whole, so it is no part of a mixture: let it be the only behaviour.")
+        return found[0] if found else None
 
     @property
     def fingerprint(self) -> str:
@@ -150,9 +167,11 @@ class Collected(NamedTuple):
 
 
 def parts(recipe: Recipe) -> list[Part]:
-    """The parts of a collection in the order of the data. The first draws from the recipe's own seed."""
+    """The parts of a collection in the order of the data, of a replay none. The first has the recipe's own seed."""
     found: list[Part] = []
     for share, behaviour in recipe.behaviours:
+        if recipe.steps is None or isinstance(behaviour, Replayed):
+            continue
         steps = round(recipe.steps * share) // (recipe.environments * recipe.parts)
         for number in range(len(found), len(found) + recipe.parts):
             seed = seeding.key(recipe.seed, number) if number else recipe.seed
@@ -221,7 +240,8 @@ def collect(recipe: Recipe, quiet: bool = False) -> Path:
     """Run the recipe, or what is left of it, and write the Minari dataset; returns its folder.
 
     Raises:
-        UserError: the id exists already (found out before the work), or the environment or a policy cannot be made.
+        UserError: the id exists already (found out before the work), the environment or a policy cannot be made, or a
+            replay is not there or from another environment.
         Interrupted: Ctrl-C; finished parts are kept, and the same call goes on from there.
     """
     minari.check_id(recipe.id)
@@ -233,7 +253,12 @@ def collect(recipe: Recipe, quiet: bool = False) -> Path:
     evaluation = None if recipe.protocol is None else protocol(recipe.protocol)
     todo, folder = parts(recipe), work_folder(recipe)
     try:
-        done = _collect_parts(recipe, todo, folder, quiet)
+        note: dict[str, Any] = {"recipe": config.to_dict(recipe), "fingerprint": recipe.fingerprint}
+        if recipe.replay is None:
+            done = _collect_parts(recipe, todo, folder, quiet)
+        else:
+            done, source = _take_replay(recipe, recipe.replay)
+            note |= source
         env, eval_env = make(recipe.environment, recipe.kwargs), evaluation.make() if evaluation else None
         seconds = sum(part.seconds for part in done)
         target = minari.write(
@@ -243,7 +268,7 @@ def collect(recipe: Recipe, quiet: bool = False) -> Path:
             env,
             eval_env,
             evaluation.reference if evaluation else None,
-            {"recipe": config.to_dict(recipe), "fingerprint": recipe.fingerprint, "seconds": seconds},
+            {**note, "seconds": seconds},
             algorithm_name="; ".join(behaviour.name for _, behaviour in recipe.behaviours),
             author="offline_cai",
             description=f"{recipe.description} Licence: {recipe.licence}.",
@@ -261,6 +286,20 @@ def collect(recipe: Recipe, quiet: bool = False) -> Path:
         if each is not None:
             each.close()
     return target
+
+
+def _take_replay(recipe: Recipe, replay: Replayed) -> tuple[list[Collected], dict[str, Any]]:
+    """All that a run gathered, and which experiment it was, up to which step."""
+    began, found = time.monotonic(), replay.gathered()
+    there = found.environment
+    if (there.id, there.kwargs, there.wrapper) != (recipe.environment, recipe.kwargs, None):
+        raise UserError(
+            f"the run {replay.run} gathered in {there.id}, {there.kwargs}, but the recipe is for {recipe.environment}, "
+            f"{recipe.kwargs}: name another run or another --environment, or let `offline-cai data convert "
+            f"{replay.run} --to ID` keep the run's own."
+        )
+    about = {"experiment": config.to_dict(found.experiment), "step": found.step}
+    return [Collected(found.episodes, time.monotonic() - began)], about
 
 
 def _collect_parts(recipe: Recipe, todo: list[Part], folder: Path, quiet: bool) -> list[Collected]:

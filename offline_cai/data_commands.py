@@ -68,27 +68,18 @@ def _convert_replay(run: Path, to: str | None) -> dict[str, Any]:
     Raises:
         UserError: no target is named, or the run has no replay.
     """
-    from offline_cai.data.replay import Replay
-    from offline_cai.training import checkpoint, experiment
+    from offline_cai.training.gathered import gathered
 
-    exp = experiment.load(str(run / "config.yaml"))
-    path = checkpoint.find(run)
-    algorithm = checkpoint.load(path)
-    if exp.environment is None or algorithm.needs.source != "replay":
-        raise UserError(f"{run} gathered no replay: name a run of an algorithm that keeps one, or a dataset.")
     if to is None:
         raise UserError(f"{run} is a run: name the dataset that its replay becomes with --to.")
-    tensors, facts = checkpoint.load_state(path)
-    state, obs = facts["source"]["replay"], tensors["source/obs"].numpy()
-    replay = Replay(algorithm.spec, len(obs), exp.environment.capacity, algorithm.needs.discount)
-    replay.load(run / "replay", state, obs)
-    store = Trajectories.from_episodes(algorithm.spec, replay.episodes(), str(run))
+    exp, environment, step, spec, episodes = gathered(run)
+    store = Trajectories.from_episodes(spec, episodes, str(run))
     if catalogue.kind(to) != "minari":
         written = catalogue.write(to, store)
     else:
-        with closing(exp.environment.make()) as env:
-            note = {"experiment": config.to_dict(exp), "step": facts["step"]}
-            about = f"All that a run of {exp.algorithm} gathered in {facts['step']} updates."
+        with closing(environment.make()) as env:
+            note = {"experiment": config.to_dict(exp), "step": step}
+            about = f"All that a run of {exp.algorithm} gathered in {step} updates."
             written = minari.write(
                 to, store.spec, store.episodes(), env, note=note, algorithm_name=exp.algorithm, description=about
             )

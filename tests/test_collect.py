@@ -17,13 +17,15 @@ import minari as real_minari
 import numpy as np
 import pytest
 
-from offline_cai import behaviours, cli, collect, config
+from offline_cai import behaviours, cli, collect, commands, config
 from offline_cai.core import Discrete, Episode
 from offline_cai.data import minari
 from offline_cai.environments.make import make, register
 from offline_cai.environments.maze2d import Maze
 from offline_cai.errors import Interrupted, UserError
 from offline_cai.evaluation.evaluate import protocol
+from offline_cai.training import experiment
+from offline_cai.training.gathered import gathered
 
 HOPPER = {"steps": "480", "environments": "2", "parts": "2"}
 
@@ -63,9 +65,9 @@ def test_shipped_recipes_are_whole(name: str) -> None:
     recipe = collect.load(name)
     assert recipe.environment == protocol(recipe.protocol).environment
     assert collect.recipe_of(recipe.id) == recipe
-    assert sum(p.steps for p in collect.parts(recipe)) * recipe.environments == recipe.steps
+    assert sum(p.steps for p in collect.parts(recipe)) * recipe.environments == (recipe.steps or 0)
     for _, behaviour in recipe.behaviours:
-        if not isinstance(behaviour, behaviours.FromRun):
+        if not isinstance(behaviour, behaviours.FromRun | behaviours.Replayed):
             assert behaviour.name and (behaviour.digest is None or len(behaviour.digest) == 64)
     env = make(recipe.environment, recipe.kwargs)
     assert env.spec is not None and recipe.kwargs.get("max_episode_steps", 1000) == env.spec.max_episode_steps
@@ -227,6 +229,27 @@ def test_antmaze_needs_a_run() -> None:
         collect.collect(collect.load("antmaze-umaze", {"behaviour.run": "nowhere"}), quiet=True)
 
 
+PENDULUM = {"environment": "Pendulum-v1", "protocol": "pendulum", "id": "test/pendulum/of-a-recipe-v0"}
+
+
+def test_what_an_online_run_gathered_becomes_a_dataset(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"an online run, and names none: say which one with --behaviour\.run"):
+        collect.collect(collect.load("hopper-medium-replay"), quiet=True)
+    with pytest.raises(UserError, match="gathered no replay"):
+        collect.collect(collect.load("hopper-medium-replay", {"behaviour.run": str(run)}), quiet=True)
+    online = commands.train(experiment.load("debug-sac"), tmp_path / "sac", quiet=True)
+    with pytest.raises(UserError, match=r"gathered in Pendulum-v1, {}, but the recipe is for Hopper-v5"):
+        collect.collect(collect.load("hopper-medium-replay", {"behaviour.run": str(online)}), quiet=True)
+    recipe = collect.load("hopper-medium-replay", {**PENDULUM, "behaviour.run": str(online)})
+    collect.collect(recipe, quiet=True)
+    assert same(episodes(recipe.id), gathered(online).episodes) and minari.trajectories(recipe.id).num_steps == 80
+    there = minari.load(recipe.id)
+    note = minari.metadata(there)
+    assert collect.collected(recipe) and note["experiment"]["algorithm"] == "sac" and note["step"] == 20
+    assert there.spec.env_spec.id == "Pendulum-v1"
+    assert there.storage.metadata["algorithm_name"] == f"all policies on the way of the run {online}"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -242,6 +265,9 @@ def test_antmaze_needs_a_run() -> None:
             r"multiple of environments × parts .* and 0.3 of it",
         ),
         ({"parts": "0"}, r"positive multiple of environments × parts"),
+        ({"steps": "null"}, r"steps is None; it has to be null for a replay, and a number where somebody acts"),
+        ({"behaviour": "{policy: replay}"}, r"steps is 4000; it has to be null for a replay"),
+        ({"behaviour": "[{policy: replay, share: 0.5}, {share: 0.5}]"}, r"a replay is .* no part of a mixture"),
     ],
 )
 def test_mistakes_in_a_behaviour_are_found_at_once(flags: dict[str, str], words: str) -> None:
