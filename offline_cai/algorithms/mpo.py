@@ -1,8 +1,9 @@
 """Maximum a posteriori policy optimisation: the posterior under the previous policy as prior, by weighted regression.
 
-Abdolmaleki et al. 2018 (arXiv 1806.06920; the decoupled limits: arXiv 1812.02256), constants as in Acme. The E-step
-weighs actions of the previous policy by exp(Q / temperature), the M-step fits the policy to them within limits. Critics
-learn from windows of the replay: Retrace (Munos et al. 2016), or returns of n steps.
+Abdolmaleki et al. 2018 (arXiv 1806.06920; the decoupled limits: arXiv 1812.02256). The E-step weighs actions of the
+previous policy by exp(Q / temperature), the M-step fits the policy to them within limits. Critics learn from windows of
+the replay: Retrace (Munos et al. 2016), or returns of n steps. Defaults of budget, limits, samples and period are
+Acme's; its duals are a softplus of what is learned, and exponentials here.
 """
 
 import math
@@ -81,7 +82,7 @@ class MPO(ActorAlgorithm):
         self.limits = {part: limit for part, limit in limits.items() if limit is not None}
         width = 1 if isinstance(spec.action, Discrete) else spec.action_width
         starts = {part: torch.full((width,), 0.5 / math.sqrt(limit)).log() for part, limit in self.limits.items()}
-        self.multiplier = nn.ParameterDict(starts)  # logarithms; at 0.0025 and 1e-6 they start near Acme's 10 and 1000
+        self.multiplier = nn.ParameterDict(starts)  # logarithms: of 10 and 500 at the default limits (Acme: 10, 1000)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     @property
