@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export MPLBACKEND := Agg
 
 .PHONY: help demo test lint format soak wheel clean bench bench-exactness bench-denoisers bench-data bench-processes \
-  bench-guidance-hopper bench-updates bench-planning bench-maze
+  bench-guidance-hopper bench-updates bench-planning bench-maze bench-scoreboards
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -40,7 +40,7 @@ soak: $(READY)  ## Kill, damage and stop trainings, and compare what is resumed 
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak.py
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak_environments.py
 
-bench: bench-exactness bench-denoisers bench-data bench-processes bench-updates bench-guidance-hopper bench-planning bench-maze  ## All benchmarks
+bench: bench-exactness bench-denoisers bench-data bench-processes bench-updates bench-guidance-hopper bench-planning bench-maze bench-scoreboards  ## All benchmarks
 
 bench-exactness: $(READY)  ## Exactness of the inference core, and of guided sampling against it
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_exactness.py
@@ -63,6 +63,9 @@ bench-planning: $(READY)  ## Maze plans and their training next to the original 
 
 bench-maze: $(READY)  ## What the maze planner reaches beside its references, goals, an obstacle, two ways (trains once)
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_maze.py
+
+bench-scoreboards: $(READY)  ## All trainings behind README's tables of scores (hours; goes on where it was)
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_scoreboards.py
 
 bench-guidance-hopper: $(READY)  ## Guided plans of hopper against a brute-force reweighting (collects and trains once)
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_guidance_hopper.py

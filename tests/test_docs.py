@@ -62,6 +62,12 @@ def test_make_targets_that_are_named_exist(name: str) -> None:
     assert named <= targets, name
 
 
+def test_make_bench_runs_all_benchmarks() -> None:
+    makefile = text("Makefile")
+    (all_of_them,) = re.findall(r"^bench:(.*?)##", makefile, re.MULTILINE)
+    assert set(all_of_them.split()) == set(re.findall(r"^(bench-[a-z-]+):", makefile, re.MULTILINE))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_that_are_named_take_what_they_are_given(name: str) -> None:
     parser, commands = parsers.build()

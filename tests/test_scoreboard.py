@@ -1,5 +1,6 @@
 """The debug scoreboard: made, interrupted, failing and resumed."""
 
+import importlib.util
 import json
 import os
 import shlex
@@ -254,3 +255,26 @@ def test_ctrl_c_in_a_cell_that_is_not_trained_names_it_too(
     assert call(tmp_path, "--only", "random/*") == 130
     said = "interrupted: stopped in the cell random/umaze. The same command goes on from there.\n"
     assert said in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
+def test_the_benchmark_makes_what_is_missing_and_the_page_s_tables(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`make bench-scoreboards` on all recipes but the debug one; a dataset that is here is not collected again."""
+    path = Path(__file__).parents[1] / "eval/bench_scoreboards.py"
+    spec = importlib.util.spec_from_file_location("bench_scoreboards", path)
+    assert spec is not None and spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    called: list[list[str]] = []
+    collected: list[str] = []
+    monkeypatch.setattr(bench.cli, "main", lambda words: called.append(words) or 2 * ("online" in words))
+    monkeypatch.setattr(bench.collect, "collect", lambda recipe: collected.append(recipe.id))
+    monkeypatch.setattr("sys.argv", [str(path)])
+    assert bench.main() == 2, "one failed, and the others were made"
+    assert [words[1] for words in called] == [name for name in config.names("eval/scoreboards") if name != "debug"]
+    assert [words[1] for words in called if words[-2:] == ["--table", "README.md"]] == ["mazes", "planners-locomotion"]
+    assert {"offline-cai/pointmaze/umaze-v0", "offline-cai/hopper/medium-v0"} <= set(collected)
+    collected.clear()
+    monkeypatch.setattr("sys.argv", [str(path), "debug"])
+    assert bench.main() == 0 and collected == []
