@@ -3,7 +3,8 @@
 Haarnoja et al. 2017 (arXiv 1702.08165). The soft value is an importance-sampled integral over actions; actions come
 from a network that noise drives, trained by amortised Stein variational gradient (Wang and Liu 2016). Kernel, particles
 and score all live in u = atanh(a), so the sampler's fixed point is exp(Q / temperature) over actions. Stein's direction
-is local: modes that lie far apart get shares that depend on where the particles came from.
+is local: modes that lie far apart get shares that depend on where the particles came from. It explores by samples. In
+evaluations, where other actors play their mode, which is not known here, it plays the best of `particles` samples by Q.
 """
 
 import math
@@ -47,7 +48,8 @@ class SoftQConfig:
     """Where they come from: all of the box, or the sampler, whose density is told by its Jacobian (as if no two noises
     gave the same action)."""
     particles: int = 16
-    """Actions of a state that the sampler is moved at, and as many that tell where to."""
+    """Actions of a state that the sampler is moved at, and as many that tell where to; and those of which the best by Q
+    is played in an evaluation."""
     discount: float = 0.99
     """Per step."""
     tau: float = 0.005
