@@ -2,14 +2,14 @@
 
 Peng, Kumar, Zhang and Levine 2019 (arXiv 1910.00177). Two baselines make two posteriors:
 
-- value: A = R(lambda) - V(s), the paper's. Each state asks which of the actions tried *there* did better than usual.
-- mean: the posterior over whole episodes, p(tau | O) ∝ p(tau) exp(R(tau) / temperature), and the actor is behaviour
-  cloning under it: episodes are drawn in proportion to their weight, which makes the mean return (or any constant) a
-  baseline that cancels. Where dynamics are deterministic and the behaviour is one policy, this is the exact posterior
-  policy for rewards that are not discounted. Where several policies made the data, which of them acts is a hidden part
-  of the behaviour: the whole episode's return says much about it, and a V(s) takes just that out of the advantage,
-  because states tell policies apart; what is left is mostly noise. Under chance it seeks risk: it also conditions
-  chance on success.
+- value, the paper's: A = R(lambda) - V(s). Each state asks which of the actions tried *there* did better than usual.
+- mean, which is not in the paper and learns no value: the posterior over whole episodes, p(tau | O) ∝ p(tau)
+  exp(R(tau) / temperature), and the actor is behaviour cloning under it: episodes are drawn in proportion to their
+  weight, which makes the mean return (or any constant) a baseline that cancels. Where dynamics are deterministic and
+  the behaviour is one policy, this is the exact posterior policy for rewards that are not discounted. Where several
+  policies made the data, which of them acts is a hidden part of the behaviour: the whole episode's return says much
+  about it, and a V(s) takes just that out of the advantage, because states tell policies apart; what is left is mostly
+  noise. Under chance it seeks risk: it also conditions chance on success.
 """
 
 from dataclasses import dataclass
