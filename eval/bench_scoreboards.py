@@ -36,7 +36,10 @@ def main() -> int:
     for name in names:
         collect_data(name)
         print("offline-cai " + " ".join(command(name)), flush=True)
-        failed |= cli.main(command(name))
+        status = cli.main(command(name))
+        if status > 128:  # stopped by a signal
+            return status
+        failed = failed or status
     return failed
 
 

@@ -159,9 +159,9 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         actor:FILE or actor without noise:FILE (a path, or a name in datasets/actors/). It is evaluated alone, unless
         --references names others; so can an actor stand beside a run (--references [actor:hopper-medium]).
 
-        Writes results.json (scores per episode, statistics, versions) and paths.npz; if it is stopped, policies that
-        are finished are kept. With --off-policy no simulator is run: fitted Q evaluation and importance sampling
-        estimate the discounted return from the dataset (estimates.json), and flags set how (--steps 20000).
+        Writes results.json (scores per episode, statistics, versions) and paths.npz; if a run's evaluation is stopped,
+        policies that are finished are kept. With --off-policy no simulator is run: fitted Q evaluation and importance
+        sampling estimate the discounted return from the dataset (estimates.json), and flags set how (--steps 20000).
         """,
         "--episodes 50 --seed 7 --references []",
     )

@@ -276,6 +276,10 @@ def test_the_benchmark_makes_what_is_missing_and_the_page_s_tables(
     assert [words[1] for words in called] == names
     assert [words[1] for words in called if words[-2:] == ["--table", "README.md"]] == names, "it has a place for all"
     assert {"offline-cai/pointmaze/umaze-v0", "offline-cai/hopper/medium-v0"} <= set(collected)
+    called.clear()
+    monkeypatch.setattr(bench.cli, "main", lambda words: called.append(words) or 130)
+    assert bench.main() == 130 and len(called) == 1, "stopped in one, it begins no other"
+    monkeypatch.setattr(bench.cli, "main", lambda words: 0)
     collected.clear()
     monkeypatch.setattr("sys.argv", [str(path), "debug"])
     assert bench.main() == 0 and collected == []

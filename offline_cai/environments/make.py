@@ -84,7 +84,8 @@ def _missing(environment: str, error: Exception) -> str:
     if colon and find_spec(module) is None:
         return f"the package of the module {module!r} (pip install {module})."
     if "mujoco_py" in str(error):  # the simulator of the first versions, which no current Python has
-        return f"mujoco-py, which is no longer kept up: take {_newer(environment)}."
+        newer = _newer(environment.rpartition(":")[2])
+        return f"mujoco-py, which is no longer kept up{newer and f': take {newer}'}."
     text = " ".join(" ".join(map(str, arg)) if isinstance(arg, tuple) else str(arg) for arg in error.args)
     return f"{text.rstrip('.')}."
 

@@ -132,7 +132,7 @@ def routes(maze: Maze, panels: Sequence[Choice], columns: int = 3) -> Figure:
     """
     figure, axes = _mazes(maze, len(panels), columns)
     for panel, choice in zip(axes, panels, strict=True):
-        some = choice.weight > 1e-3
+        some = choice.weight >= min(1e-3, choice.weight.max())
         rows, weight = choice.rows[some], choice.weight[some]
         label = _together(rows, maze.size)
         mass = np.bincount(label, weight)

@@ -112,7 +112,7 @@ class Planner:
     def account(self) -> dict[str, Any]:
         """What the attributes say, for JSON; of SHOWN first plans all candidates, by position and weight."""
         first = None
-        if self.first is not None and self.first.nats is not None:
+        if self.first is not None and self.first.nats is not None and self._execute != "actions":
             names, reason = self.first.reasons
             rows = self.first.obs[:SHOWN, :, :, list(self.position)]
             parts = {"rows": rows, "weight": self.first.weight[:SHOWN], "reason": reason[:SHOWN]}

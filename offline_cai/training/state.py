@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
@@ -95,8 +95,9 @@ class TrainingState:
         sums, entries = self._backward(batch, phase)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(optimiser)
-        norm, count = self._clip(phase).item(), float(entries)
-        values = {name: total.item() / count if count else math.nan for name, total in sums.items()}
+        count = float(entries)
+        *totals, norm = _numbers([*sums.values(), self._clip(phase)])
+        values = {name: total / count if count else math.nan for name, total in zip(sums, totals, strict=True)}
         norms = {"grad_norm" if len(self.optimisers) == 1 else f"{phase}_grad_norm": norm}
         if self._allowed(values, norms):
             self._apply(optimiser)
@@ -305,3 +306,10 @@ class TrainingState:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """The values of scalars: one by one on a CPU, where that is fastest, and else in one transfer."""
+    if tensors[-1].is_cpu:
+        return [tensor.item() for tensor in tensors]
+    return torch.stack([tensor.detach().to(tensors[-1]) for tensor in tensors]).tolist()

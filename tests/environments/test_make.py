@@ -17,6 +17,7 @@ from offline_cai.errors import UserError
         ("nobody/knows-v0", r"install the package that brings it, and write the package's module before it"),
         ("Ant-v3", r"mujoco-py, which is no longer kept up: take Ant-v5 or Ant-v4\.$"),
         ("FetchReach-v1", r"mujoco-py, which is no longer kept up: take FetchReach-v4\.$"),
+        ("gymnasium_robotics:FetchReach-v1", r"mujoco-py, which is no longer kept up: take FetchReach-v4\.$"),
         ("not_a_module:Thing-v0", r"the package of the module 'not_a_module' \(pip install not_a_module\)"),
     ],
 )

@@ -38,6 +38,8 @@ def test_routes_that_part_by_more_than_a_cell_have_masses_of_their_own() -> None
     figure = plots.routes(Maze(walls, 1.0), [choice, choice._replace(rows=rows[:1], weight=np.ones(1))])
     assert [[text.get_text() for text in panel.texts] for panel in figure.axes[:2]] == [["75 %", "25 %"], ["100 %"]]
     assert len(figure.axes[0].lines) == 5 + 2, "five candidates, the start and the goal"
+    alike = choice._replace(rows=np.tile(rows[:2], (1000, 1, 1)), weight=np.full(2000, 1 / 2000))
+    assert [text.get_text() for text in plots.routes(Maze(walls, 1.0), [alike]).axes[0].texts] == ["100 %"]
 
 
 def test_the_band_of_several_runs_is_over_the_steps_that_all_have() -> None:
