@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from offline_cai import config
 from offline_cai.errors import UserError
+from offline_cai.evaluation.statistics import Summary
 from offline_cai.files import read_json
 from offline_cai.training import checkpoint, trackers
 from offline_cai.training.folder import is_run
@@ -29,15 +30,9 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class _Scores:
+class _Scores(Summary):
     """What a table needs of a policy's results."""
 
-    n: int
-    mean: float
-    se: float | None
-    iqm: float
-    low: float
-    high: float
     returns: tuple[float, ...]
     normalised: tuple[float, ...] | None
     repeated: tuple[Any, ...] = ()
