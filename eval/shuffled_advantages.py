@@ -14,28 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offline_cai import commands, evaluation_commands, seeding
+from offline_cai import commands, evaluation_commands
 from offline_cai.algorithms.iql import IQL
-from offline_cai.core import Batch
 from offline_cai.training import experiment
 
-ORDER = 9
-"""A stream of random numbers that IQL draws nothing from."""
+
+def shuffled(self: IQL, error: Tensor) -> Tensor:
+    return _advantage(self, error)[torch.randperm(len(error))]
 
 
-def shuffled(self: IQL, batch: Batch, q: Tensor) -> tuple[Tensor, Tensor]:
-    wanted, advantage = _backup(self, batch, q)
-    return wanted, advantage[seeding.uniform(batch.key, (1,), stream=ORDER)[:, 0].argsort()]
-
-
-_backup = IQL.backup
+_advantage = IQL.advantage
 
 
 def main() -> None:
     torch.set_num_threads(1)
     dataset, protocol, run, *words = sys.argv[1:]
     flags = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
-    IQL.backup = shuffled  # type: ignore[method-assign]
+    IQL.advantage = shuffled  # type: ignore[method-assign]
     exp = experiment.load("iql-hopper-medium", {**flags, "dataset": dataset, "protocol": protocol})
     folder = commands.train(exp, Path(run), quiet=True)
     data = evaluation_commands.evaluate(folder, flags={"references": "[]", "episodes": "10"}, quiet=True)

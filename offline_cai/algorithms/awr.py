@@ -116,9 +116,11 @@ class AWR(OfflineActorAlgorithm):
         valid = batch.valid
         obs, action = self.normaliser.encode(batch.obs[:, :-1][valid]), self.spec.to_unit(batch.action[:, :, 0][valid])
         log_prob = self.actor(obs).log_prob(action)
-        mean = self.config.baseline == "mean"
-        loss = -log_prob.sum() if mean else self.projection.loss(log_prob, self.advantage(batch))
-        return Loss({"actor_loss": loss}, valid.sum())
+        if self.config.baseline == "mean":
+            return Loss({"actor_loss": -log_prob.sum()}, valid.sum())
+        advantage = self.advantage(batch)
+        loss = self.projection.loss(log_prob, advantage)
+        return Loss({"actor_loss": loss}, valid.sum(), self.projection.tally(advantage))
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> Tensor:
@@ -139,5 +141,6 @@ class AWR(OfflineActorAlgorithm):
         if self.config.baseline == "mean":
             return step(batch, "actor")
         metrics = step(batch, "value")
-        metrics |= self.projection.measure(self.advantage(batch), step)
-        return metrics | step(batch, "actor")
+        if self.config.normalise:
+            self.projection.standardise(self.advantage(batch), step)
+        return metrics | self.projection.settle(step(batch, "actor"))

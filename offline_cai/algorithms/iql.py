@@ -66,82 +66,74 @@ class IQL(OfflineActorAlgorithm):
 
     @property
     def needs(self) -> Needs:
-        groups = {"value": ("value.",), "critic": ("critic.",), "actor": ("actor.",)}
-        return Needs(discount=self.config.discount, groups=groups)
+        return Needs(discount=self.config.discount, groups={"all": ("value.", "critic.", "actor.")})
 
     def fit(self, chunks: Chunks) -> None:
         super().fit(chunks)
         self.projection.begin(self.returns.scale[0])
 
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
-        return {"value": self._value, "critic": self._critic, "actor": self._actor}[phase](batch)
-
-    def _value(self, batch: Batch) -> Loss:
-        """The expectile of the target critics' minimum (equation 5), which is `batch.returns`."""
-        error = batch.returns[:, 0] - self.value(self.normaliser.encode(batch.obs[:, 0]))
-        return Loss({"value_loss": expectile_loss(error, self.config.expectile).sum()}, len(error))
-
-    def _critic(self, batch: Batch) -> Loss:
-        """Squared distance of Q from what it should be (equation 6), which is `batch.returns`."""
-        q = self.critic(*self.now(batch))
-        loss = 0.5 * (q - batch.returns[:, 0]).square().sum()
-        return Loss({"critic_loss": loss}, len(batch.key), {"q": self.returns.decode(q.detach()).mean(0).sum()})
-
-    def _actor(self, batch: Batch) -> Loss:
-        """Weighted regression (equation 7); `batch.returns` are the advantages."""
+        """V (equation 5), Q (6) and the actor (7), each by the others as they are, as in CORL."""
         obs, action = self.now(batch)
-        loss = self.projection.loss(self.actor(obs).log_prob(action), batch.returns[:, 0])
-        return Loss({"actor_loss": loss}, len(obs))
+        q, log_prob = self.critic(obs, action), self.actor(obs).log_prob(action)
+        error = self.least(obs, action) - self.value(obs)
+        advantage = self.advantage(error.detach())
+        terms = {
+            "value_loss": expectile_loss(error, self.config.expectile).sum(),
+            "critic_loss": 0.5 * (q - self.backup(batch)).square().sum(),
+            "actor_loss": self.projection.loss(log_prob, advantage),
+        }
+        return Loss(terms, len(obs), self._metrics(q.detach(), advantage))
 
-    def least(self, batch: Batch) -> Tensor:
-        """The target critics' minimum [B] for the data's actions, in units of the data's returns."""
-        return self.target(*self.now(batch)).amin(0)
+    def _metrics(self, q: Tensor, advantage: Tensor) -> dict[str, Tensor]:
+        return {"q": self.returns.decode(q).mean(0).sum(), **self.projection.tally(advantage)}
 
     @torch.no_grad()
-    def backup(self, batch: Batch, q: Tensor) -> tuple[Tensor, Tensor]:
-        """What Q(s, a) should be [B], r + discount · V(s') in units of the data's returns; and the advantages [B].
+    def least(self, obs: Tensor, action: Tensor) -> Tensor:
+        """The target critics' minimum [B] at normalised observations, in units of the data's returns."""
+        return self.target(obs, action).amin(0)
 
-        Those are Q - V in units of reward, for `least` [B].
-        """
+    @torch.no_grad()
+    def backup(self, batch: Batch) -> Tensor:
+        """What Q(s, a) should be [B], r + discount · V(s'), in units of the data's returns."""
         step = batch.transition
-        value, after = self.value(self.normaliser.encode(batch.obs[:, :2])).unbind(1)
-        later = torch.where(step.terminal, 0.0, self.returns.decode(after))
-        wanted = self.returns.encode(step.reward + self.config.discount * later)
-        return wanted, self.returns.scale * (q - value)
+        later = self.returns.decode(self.value(self.normaliser.encode(step.next_obs)))
+        return self.returns.encode(step.reward + self.config.discount * torch.where(step.terminal, 0.0, later))
+
+    def advantage(self, error: Tensor) -> Tensor:
+        """Q - V [B] in units of reward, from its value in units of the data's returns."""
+        return self.returns.scale * error
 
     @torch.no_grad()
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
-        if self.critic.choices or (phase == "actor" and self.actor.family != "gaussian"):
+        if self.critic.choices or self.actor.family != "gaussian":
             return None
-        n, given = len(batch.key), batch.returns[:, 0]
-        if phase == "value":
-            value = by_hand.run(self.value.body, self.normaliser.encode(batch.obs[:, 0]))
-            error = given[:, None] - value.out
-            weighed = torch.where(error < 0, 1 - self.config.expectile, self.config.expectile) * error
-            value.learn(weighed * (-2 / unit))
-            return Loss({"value_loss": (weighed * error).sum()}, n)
         obs, action = self.now(batch)
-        if phase == "critic":
-            loss, q = by_hand.regress(self.critic.each, torch.cat([obs, action], -1), given, unit)
-            return Loss({"critic_loss": loss}, n, {"q": self.returns.decode(q).mean(0).sum()})
-        actor, log_std = by_hand.run(self.actor.body, obs), self.actor.log_std
-        bounded = log_std.clamp(*LOG_STD)
-        mean, weight = actor.out.tanh(), self.projection.weights(given)
-        z, share = (action - mean) / bounded.exp(), weight / -unit
+        value, actor = by_hand.run(self.value.body, obs), by_hand.run(self.actor.body, obs)
+        error = self.least(obs, action)[:, None] - value.out
+        weighed = torch.where(error < 0, 1 - self.config.expectile, self.config.expectile) * error
+        value.learn(weighed * (-2 / unit))
+        both, wanted = torch.cat([obs, action], -1), self.backup(batch)
+        critic_loss, q = by_hand.regress(self.critic.each, both, wanted, unit)
+        advantage, log_std = self.advantage(error[:, 0]), self.actor.log_std
+        weight, bounded = self.projection.weights(advantage), log_std.clamp(*LOG_STD)
+        mean, std = actor.out.tanh(), bounded.exp()
+        z, share = (action - mean) / std, weight / -unit
         squared = z.square()
-        actor.learn(share[:, None] * z / bounded.exp() * (1 - mean.square()))
+        actor.learn(share[:, None] * z / std * (1 - mean.square()))
         torch.mul(share @ (squared - 1), log_std == bounded, out=log_std.grad)
         log_prob = -(0.5 * squared + (bounded + 0.5 * math.log(2 * math.pi))).sum(-1)
-        return Loss({"actor_loss": -(weight @ log_prob)}, n)
+        terms = {
+            "value_loss": (weighed * error).sum(),
+            "critic_loss": critic_loss,
+            "actor_loss": -(weight @ log_prob),
+        }
+        return Loss(terms, len(obs), self._metrics(q, advantage))
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
-        q = self.least(batch)
-        metrics = step(batch._replace(returns=q[:, None]), "value")
-        wanted, advantage = self.backup(batch, q)
-        metrics |= step(batch._replace(returns=wanted[:, None]), "critic")
-        metrics |= self.projection.measure(advantage, step)
+        metrics = self.projection.settle(step(batch))
         follow(self.target, self.critic, self.config.tau)
-        return metrics | step(batch._replace(returns=advantage[:, None]), "actor")
+        return metrics
 
 
 def expectile_loss(error: Tensor, expectile: float) -> Tensor:

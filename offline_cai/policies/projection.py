@@ -4,6 +4,8 @@ The samples are the data, so the prior is the behaviour in them. It is the M-ste
 and the extraction of IQL (Kostrikov et al. 2021, equation 7).
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from offline_cai.errors import UserError
 from offline_cai.inference import soft
 from offline_cai.policies.dial import Dial, Temperature
 
-LARGEST = 600.0  # nats: exp is 1e260, and float64 (up to 1e308) holds the sum of any batch, of nats · exp(nats) too
+LARGEST = 70.0  # nats: exp is 2.5e30, and float32 (up to 3e38) holds the sum of any batch, of nats · exp(nats) too
 
 
 def check_clip(clip: float | None) -> None:
@@ -28,9 +30,8 @@ def check_clip(clip: float | None) -> None:
 class Projection(nn.Module):
     """Weights of samples by their advantage, and the loss that they give an actor.
 
-    What needs the whole batch (the advantages' mean and spread, the KL) is measured before the loss, over all
-    processes. A budget is spent over the data as a whole: the KL in nats of the weighted data from the data, not of an
-    action's law in each state.
+    A budget is spent over the data as a whole: the KL in nats of the weighted data from the data, not of an action's
+    law in each state. `tally` counts it beside the loss, and `settle` moves a learned temperature after the step.
 
     Args:
         temperature: reward per nat, or auto; of standardised advantages it has no unit.
@@ -58,23 +59,30 @@ class Projection(nn.Module):
                 self.dial.log.copy_(spread.log())
 
     @torch.no_grad()
-    def measure(self, advantage: Tensor, step: Step) -> dict[str, float]:
-        """Take the statistics of a batch's advantages [n], of which each process has its part.
-
-        A learned temperature moves towards its budget. Gives the KL as it was and the temperature as it is.
-        """
+    def standardise(self, advantage: Tensor, step: Step) -> None:
+        """Take mean and spread of a batch's advantages [n], of which each process has its part, for its weights."""
         x = advantage.double()
-        n = x.new_full((), len(x))
-        if self.normalise:
-            count, total, square = step.sum(torch.stack([n, x.sum(), x.square().sum()]))
-            self.shift.copy_(total / count)
-            self.scale.copy_((square / count - (total / count) ** 2).clamp(min=1e-12).sqrt())
-        nats = self._nats(x).clamp(max=LARGEST)
+        count, total, square = step.sum(torch.stack([x.new_full((), len(x)), x.sum(), x.square().sum()]))
+        self.shift.copy_(total / count)
+        self.scale.copy_((square / count - (total / count) ** 2).clamp(min=1e-12).sqrt())
+
+    @torch.no_grad()
+    def tally(self, advantage: Tensor) -> dict[str, Tensor]:
+        """Sums over samples with these advantages [n], for a loss to report: what `settle` finds the KL by."""
+        nats = self._nats(advantage.double()).clamp(max=LARGEST)
         weight = nats.exp()
-        count, total, tilted = step.sum(torch.stack([n, weight.sum(), weight @ nats]))
-        kl = float(tilted / total - (total / count).log())
-        self.dial.steer(kl)
-        return {"kl": kl, "temperature": float(self.dial.temperature)}
+        return {"weight": weight.sum(), "tilted": weight @ nats}
+
+    def settle(self, metrics: dict[str, float]) -> dict[str, float]:
+        """A step's metrics with the KL that its weights had, in place of what was tallied, and the temperature.
+
+        A learned temperature moves towards its budget. A step that was skipped may have tallied nothing.
+        """
+        weight, tilted = metrics.pop("weight", math.nan), metrics.pop("tilted", math.nan)
+        if math.isfinite(weight + tilted) and weight > 0:
+            metrics["kl"] = tilted / weight - math.log(weight)
+            self.dial.steer(metrics["kl"])
+        return metrics | {"temperature": float(self.dial.temperature)}
 
     def loss(self, log_prob: Tensor, advantage: Tensor) -> Tensor:
         """The sum over samples, for the log-probabilities [n] of the data's actions and their advantages [n]."""

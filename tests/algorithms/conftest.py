@@ -64,11 +64,17 @@ def state_of(algorithm: Algorithm, **training: Any) -> TrainingState:
     return TrainingState(algorithm, TrainingConfig(**settings), Accelerator(cpu=True))
 
 
-def assert_gradients(algorithm: Algorithm, batch: Batch, phase: str, prefix: str, h: float = 1e-6) -> None:
-    """In float64: the gradient of a phase's loss along random directions of the parameters, by central differences."""
+def assert_gradients(
+    algorithm: Algorithm, batch: Batch, phase: str, prefix: str, h: float = 1e-6, term: str | None = None
+) -> None:
+    """In float64: the gradient of a phase's loss along random directions of the parameters, by central differences.
 
-    def loss() -> Tensor:
-        return sum(algorithm(batch, phase).terms.values())  # type: ignore[return-value]
+    Those of one `term`, if it is named: then the others have to leave these parameters alone.
+    """
+
+    def loss(term: str | None = None) -> Tensor:
+        terms = algorithm(batch, phase).terms
+        return sum(terms.values()) if term is None else terms[term]  # type: ignore[return-value]
 
     parameters = [p for name, p in algorithm.named_parameters() if name.startswith(prefix)]
     assert parameters and all(p.dtype == torch.float64 for p in parameters)
@@ -79,7 +85,7 @@ def assert_gradients(algorithm: Algorithm, batch: Batch, phase: str, prefix: str
         ends = []
         for sign in (1, -1):
             torch._foreach_add_([p.data for p in parameters], direction, alpha=sign * h)
-            ends.append(float(loss().detach()))
+            ends.append(float(loss(term).detach()))
             torch._foreach_add_([p.data for p in parameters], direction, alpha=-sign * h)
         slope = sum(float((g * d).sum()) for g, d in zip(gradient, direction, strict=True))
         assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5, abs=1e-6) and abs(slope) > 1e-3

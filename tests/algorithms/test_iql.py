@@ -77,14 +77,15 @@ def test_the_expectile_s_loss_is_least_there(share: float) -> None:
     assert v.grad is not None and abs(float(v.grad)) < 1e-5
 
 
-@pytest.mark.parametrize("phase", ["value", "critic", "actor"])
+@pytest.mark.parametrize("network", ["value", "critic", "actor"])
 @pytest.mark.parametrize("kind", ["box", "choices"])
-def test_gradients(small: SimpleNamespace, float64: None, kind: str, phase: str) -> None:
+def test_gradients(small: SimpleNamespace, float64: None, kind: str, network: str) -> None:
+    """Each network's is that of its own term, which takes the other networks as they are."""
     torch.manual_seed(0)
     spec = small.box(3, 2) if kind == "box" else small.choices(3, 4)
     iql = IQL(spec, IQLConfig(hidden=(6,), temperature=1.5, normaliser="none", clip=None))
     batch: Batch = small.random_batch(iql.spec, 7)
-    small.assert_gradients(iql, batch, phase, f"{phase}.")
+    small.assert_gradients(iql, batch, "all", f"{network}.", term=f"{network}_loss")
 
 
 def test_an_expectile_that_cannot_be_is_said() -> None:
