@@ -114,7 +114,7 @@ class SAC(ActorAlgorithm):
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
         if self.actor.choices or phase == "value":
             return None
-        n, width, temperature = len(batch.key), self.spec.action_width, self.dial.temperature
+        n, width, temperature = len(batch.key), self.spec.action_width, float(self.dial.temperature)
         if phase == "critic":
             step, x = batch.transition, torch.cat(self.now(batch), -1)
             after = self.normaliser.encode(step.next_obs)
@@ -136,13 +136,13 @@ class SAC(ActorAlgorithm):
             rows = own.nonzero()[:, 0]
             slope.index_copy_(0, rows, critic.to_input(obs.new_full((rows.shape[0], 1), -1 / unit), width, rows))
         actor.learn(draw.back(slope, temperature / unit))
-        terms = {"actor_loss": (temperature * draw.log_prob - torch.minimum(one.out, two.out)[:, 0]).sum()}
-        kl = draw.log_prob - log_uniform(self.spec)
+        nats, worth = draw.log_prob.sum(), torch.minimum(one.out, two.out).sum()
+        terms, kl = {"actor_loss": temperature * nats - worth}, nats - n * log_uniform(self.spec)
         if self.dial.learned:
-            excess = self.dial.slope(kl).sum()
+            excess = n * self.dial.slope(kl / n)
             terms["temperature_loss"] = self.dial.log * excess
             torch.div(excess, unit, out=self.dial.log.grad)
-        return Loss(terms, n, {"kl": kl.sum(), "temperature": temperature * n})
+        return Loss(terms, n, {"kl": kl, "temperature": nats.new_tensor(temperature * n)})
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         metrics: dict[str, float] = {}

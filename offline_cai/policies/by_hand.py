@@ -66,7 +66,8 @@ def regress(perceptrons: Iterable[Perceptron], x: Tensor, wanted: Tensor, unit: 
     error = said - wanted[:, None]
     for one, gradient in zip(passes, (error / unit).split(1, -1), strict=True):
         one.learn(gradient)
-    return 0.5 * error.square().sum(), said.t()
+    flat = error.view(-1)
+    return 0.5 * flat.dot(flat), said.t()
 
 
 class Squashed(NamedTuple):
@@ -77,10 +78,10 @@ class Squashed(NamedTuple):
     moved: Tensor  # [B, A] du / dlog_std
     free: Tensor  # [B, A] whether log_std is inside its bounds
 
-    def back(self, action: Tensor, log_prob: Tensor) -> Tensor:
-        """The gradient [B, 2A] of the actor's output, for those of the actions [B, A] and of every log_prob []."""
-        u = action * (1 - self.action.square()) + 2 * log_prob * self.action
-        return torch.cat([u, (u * self.moved - log_prob) * self.free], -1)
+    def back(self, action: Tensor, log_prob: float) -> Tensor:
+        """The gradient [B, 2A] of the actor's output, for those of the actions [B, A] and of every log_prob."""
+        u = torch.addcmul(action, action * self.action, self.action, value=-1).add_(self.action, alpha=2 * log_prob)
+        return torch.cat([u, (u * self.moved).sub_(log_prob).mul_(self.free)], -1)
 
 
 def squash(out: Tensor, noise: Tensor) -> Squashed:
@@ -89,6 +90,7 @@ def squash(out: Tensor, noise: Tensor) -> Squashed:
     log_std = free_log_std.clamp(*LOG_STD)
     moved = log_std.exp() * noise
     u = mean + moved
-    nats = 2 * (u + softplus(-2 * u)) - 0.5 * noise.square() - log_std
-    log_prob = nats.sum(-1) - u.shape[-1] * (0.5 * math.log(2 * math.pi) + 2 * math.log(2))
+    of_noise = torch.addcmul(log_std, noise, noise, value=0.5)
+    nats = softplus(-2 * u).add_(u).mul_(2).sub_(of_noise)
+    log_prob = nats.sum(-1).sub_(u.shape[-1] * (0.5 * math.log(2 * math.pi) + 2 * math.log(2)))
     return Squashed(torch.tanh(u), log_prob, moved, free_log_std == log_std)

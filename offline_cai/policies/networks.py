@@ -108,4 +108,10 @@ def slow(module: M) -> M:
 @torch.no_grad()
 def follow(target: nn.Module, module: nn.Module, rate: float) -> None:
     """Move the target's parameters that share of the way to the module's: 1 copies them."""
-    torch._foreach_lerp_(list(target.parameters()), list(module.parameters()), rate)
+    torch._foreach_lerp_(_parameters(target), _parameters(module), rate)
+
+
+def _parameters(module: nn.Module) -> list[Tensor]:
+    """As `parameters()`, which takes longer than moving small networks does."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return own + [p for part in module._modules.values() if part is not None for p in _parameters(part)]
