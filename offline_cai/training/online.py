@@ -55,7 +55,8 @@ class Simulation:
     random_steps: int = 0
     """Steps of each environment with uniform random actions before the first update."""
     steps: int = 1
-    """Steps of each environment at a time; on-policy algorithms get them as one batch."""
+    """Steps of each environment at a time; on-policy algorithms get them as one batch. Where all episodes last as long,
+    take whole ones: environments begin together, so a part of an episode is the same part in all of them."""
     updates: int = 1
     """Updates after each time."""
     capacity: int = 1_000_000
