@@ -98,9 +98,10 @@ def draw(
         feasible = _feasible(model, c, known, found.x)
         return Drawn(found.x, found.log_weight, found.log_evidence, feasible=feasible)
     settings["noise"] = c.noise
-    x = _samples(model, known, key, c, c.candidates, settings, under_way if c.warm_start else None)
     if c.detours:
-        x = torch.cat([_stretched(x), _detours(model, known, key, c, settings)], 1)
+        x = _with_detours(model, known, key, c, settings)
+    else:
+        x = _samples(model, known, key, c, c.candidates, settings, under_way if c.warm_start else None)
     if under_way is not None and c.keep:
         x = torch.cat([under_way[:, None], x], 1)
     feasible = _feasible(model, c, known, x)
@@ -184,8 +185,12 @@ def _no_way(model: Model, c: PlannerConfig, known: Known, plan: int, count: int)
     )
 
 
-def _detours(model: Model, known: Known, key: Tensor, c: PlannerConfig, settings: dict[str, Any]) -> Tensor:
-    """Plans [N, detours, 2R, D]: a leg to a place that the data has visited, and one on from the state it ends in."""
+def _with_detours(model: Model, known: Known, key: Tensor, c: PlannerConfig, settings: dict[str, Any]) -> Tensor:
+    """Plans [N, candidates + detours, 2R, D]: those of one leg, stretched, then those of two.
+
+    A detour is a leg to a place that the data has visited, and one on from the state it ends in. Where that state is
+    known beforehand, all are drawn at once.
+    """
     if model.support is None or not model.goal:
         raise UserError(
             "planner.detours go through places that the data has visited to a goal: set model.support, and "
@@ -196,16 +201,23 @@ def _detours(model: Model, known: Known, key: Tensor, c: PlannerConfig, settings
     via = torch.zeros(len(own), known.value.shape[1], len(codec.columns)).to(known.value)
     via[..., list(model.support.config.columns)] = model.support.draw(own, c.evidence.constraints)[:, None].to(via)
     via, goal = codec.obs_norm.encode(via), [codec.actions + column for column in model.goal]
-    first, second = (Known(*(part.repeat_interleave(c.detours, 0) for part in known)) for _ in range(2))
+    direct, first, second = _repeated(known, c.candidates), _repeated(known, c.detours), _repeated(known, c.detours)
     first.value[:, -1, goal] = via[:, -1, list(model.goal)]
-    legs = [_samples(model, first, one, c, 1, settings)[:, 0]]
-    second.value[:, 0, codec.state] = legs[0][:, -1, codec.state]
-    legs.append(_samples(model, second, two, c, 1, settings)[:, 0])
+    keys, sample = _keys(key, c.candidates), partial(_sample, model, c=c, settings=settings)
+    if known.mask[:, -1, codec.state].all():
+        second.value[:, 0, codec.state] = first.value[:, -1, codec.state]
+        every = Known(*(torch.cat(parts) for parts in zip(direct, first, second, strict=True)))
+        straight, *legs = sample(every, torch.cat([keys, one, two])).split([len(keys), len(one), len(two)])
+    else:
+        straight, legs = sample(direct, keys), [sample(first, one)]
+        second.value[:, 0, codec.state] = legs[0][:, -1, codec.state]
+        legs.append(sample(second, two))
     if codec.span:
         both = codec.encode_steps(codec.steps(legs[0]) + codec.steps(legs[1]))
         for leg in legs:
             leg[..., -1] = both
-    return torch.cat(legs, 1).unflatten(0, (-1, c.detours))
+    detours = torch.cat(legs, 1).unflatten(0, (-1, c.detours))
+    return torch.cat([_stretched(straight.unflatten(0, (-1, c.candidates))), detours], 1)
 
 
 @torch.no_grad()
@@ -310,20 +322,31 @@ def _samples(
     begin: Tensor | None = None,
 ) -> Tensor:
     """`count` samples [N, count, R, D] of each plan; from `begin` [N, R, D] on, noised, where that is given."""
-    if count > 1:
-        key = seeding.split(key, count).flatten()
-        known = Known(*(part.repeat_interleave(count, 0) for part in known))
-    given = model.denoise, model.schedule, known, key
     if begin is not None and c.warm_start is not None:
         settings = {**settings, "warm": Warm(begin.repeat_interleave(count, 0), c.warm_start)}
-    if c.sampler == "ddpm":
-        x = ddpm(*given, model.clip, steps=c.steps, **settings)
-    elif c.sampler == "ddim":
-        x = ddim(*given, c.steps, c.eta, model.clip, **settings)
-    else:
-        settings = {name: value for name, value in settings.items() if name != "reverse_variance"}
-        x = dpm_solver(*given, c.steps, model.clip, **settings)
+    x = _sample(model, _repeated(known, count), _keys(key, count), c, settings)
     return x.unflatten(0, (-1, count))
+
+
+def _repeated(known: Known, count: int) -> Known:
+    """The known rows of `count` samples of each plan, one after the other."""
+    return Known(*(part.repeat_interleave(count, 0) for part in known))
+
+
+def _keys(key: Tensor, count: int) -> Tensor:
+    """The keys [N count] of `count` samples of each plan; a single one has the plan's."""
+    return seeding.split(key, count).flatten() if count > 1 else key
+
+
+def _sample(model: Model, known: Known, key: Tensor, c: PlannerConfig, settings: dict[str, Any]) -> Tensor:
+    """One sample [M, R, D] for each of M known rows and keys."""
+    given = model.denoise, model.schedule, known, key
+    if c.sampler == "ddpm":
+        return ddpm(*given, model.clip, steps=c.steps, **settings)
+    if c.sampler == "ddim":
+        return ddim(*given, c.steps, c.eta, model.clip, **settings)
+    settings = {name: value for name, value in settings.items() if name != "reverse_variance"}
+    return dpm_solver(*given, c.steps, model.clip, **settings)
 
 
 def _at_clean(evidence: Evidence, x: Tensor, temperature: float) -> Tensor:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from offline_cai import seeding
 from offline_cai.core import Chunk, Known, Plan
 from offline_cai.diffusion.constraints import Outside
+from offline_cai.diffusion.sampler import ddim
 from offline_cai.errors import Notice, UserError
 from offline_cai.planning.config import EvidenceConfig, PlannerConfig
 from offline_cai.planning.sampling import draw
@@ -135,3 +137,33 @@ def test_detours_pass_where_the_constraints_allow_and_one_leg_is_stretched_to_th
     assert drawn.x.shape == (2, 11, 2 * ROWS, WIDTH)
     one, whole = draw(model(), *nothing(2), CHOOSE).x[0, 0], drawn.x[0, 0]
     assert torch.equal(one[[0, -1]], whole[[0, -1]]) and torch.allclose(whole[1], one[0] + (one[1] - one[0]) * 0.4)
+
+
+def test_detours_whose_middle_is_known_are_drawn_at_once_and_as_one_leg_after_the_other() -> None:
+    support = Support(SupportConfig(cell=0.1, cells=64))
+    grid = np.stack(np.meshgrid(np.linspace(-2, 2, 81), np.linspace(-2, 2, 81)), -1).reshape(-1, 2).astype(np.float32)
+    support.fit(lambda discount=1.0: iter([Chunk(grid, grid[:, :1], grid[:, 0])]), [0, 1])
+    calls: list[int] = []
+
+    def mixing(x: Tensor, k: Tensor) -> Tensor:
+        calls.append(len(x))
+        return denoise(x, k) + 0.3 * x.roll(1, 1)  # what a row becomes depends on the others
+
+    mask = torch.zeros(2, ROWS, WIDTH, dtype=torch.bool)
+    mask[:, [0, -1]] = True
+    known, key = Known(torch.rand(2, ROWS, WIDTH, dtype=torch.float64), mask), torch.tensor([1, 2])
+    drawn_from = model(denoise=mixing, support=support.double(), goal=(0, 1))
+    c = dataclasses.replace(CHOOSE, candidates=2, detours=3)
+    detours = draw(drawn_from, known, key, c).x[:, 2:]
+    assert calls == [16] * 4, "two candidates and three times two legs for each state"
+    first, second = (part.flatten(0, 1) for part in detours.split(ROWS, 2))
+    assert torch.equal(first[:, -1], second[:, 0])
+    own = seeding.split(seeding.split(key, 1)[:, 0], 3).flatten()
+    for leg, its_key in zip((first, second), seeding.split(own, 2).unbind(1), strict=True):
+        alone = ddim(mixing, SCHEDULE, Known(leg, mask[:1].expand_as(leg)), its_key, c.steps, clip=None)
+        torch.testing.assert_close(alone, leg)
+    calls.clear()
+    mask[:, -1, 1] = False
+    x = draw(drawn_from, known, key, c).x[:, 2:]
+    assert calls == [4] * 4 + [6] * 8, "the second leg has to wait for the first"
+    assert torch.equal(x[:, :, ROWS - 1], x[:, :, ROWS])
