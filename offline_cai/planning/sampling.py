@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ def draw(
         settings |= {"evidence": together(*parts.values()), "temperature": temperature}
         given = model.denoise, model.schedule, known, key, c.steps, c.particles, model.clip
         found = sequential(*given, **settings)
-        feasible = _feasible(model, c, known, found.x)
+        feasible = _feasible(model, c, known, _Read(model, found.x))
         return Drawn(found.x, found.log_weight, found.log_evidence, feasible=feasible)
     settings["noise"] = c.noise
     if c.detours:
@@ -104,10 +104,11 @@ def draw(
         x = _samples(model, known, key, c, c.candidates, settings, under_way if c.warm_start else None)
     if under_way is not None and c.keep:
         x = torch.cat([under_way[:, None], x], 1)
-    feasible = _feasible(model, c, known, x)
+    read = _Read(model, x)
+    feasible = _feasible(model, c, known, read)
     if not parts or x.shape[1] == 1:
         return Drawn(x, x.new_zeros(len(x), 1), feasible=feasible)
-    nats = {name: _at_clean(part, x, temperature) for name, part in parts.items()}
+    nats = {name: read.nats(part, temperature) for name, part in parts.items()}
     value = torch.stack(list(nats.values())).sum(0)
     own = not c.detours and under_way is None and c.noise == 1 and guide is unguided  # samples of the model alone
     mean = value.logsumexp(1) - math.log(x.shape[1]) if own else None
@@ -122,23 +123,53 @@ def _stretched(x: Tensor) -> Tensor:
     return torch.lerp(x[:, :, low], x[:, :, low + 1], (at - low)[:, None])
 
 
-def _feasible(model: Model, c: PlannerConfig, known: Known, x: Tensor) -> Tensor | None:
-    """Whether plans [N, n, R, D] keep all constraints, and stay within two margins of the data; None: nothing asks.
+class _Read:
+    """Samples x [N, n, R, D] as their judges read them; what several of them read is computed once."""
+
+    def __init__(self, model: Model, x: Tensor) -> None:
+        self._model, self.shape, self._rows = model, x.shape[:2], x.flatten(0, 1)
+
+    @cached_property
+    def obs(self) -> Tensor:
+        """In raw units, [N n, R, O']."""
+        return self._model.codec.decode(self._rows)[0]
+
+    @cached_property
+    def away(self) -> Tensor:
+        """How far their points and those between are from where the data has been, [N n, 4 (R - 1) + 1]."""
+        assert self._model.support is not None
+        return self._model.support.along(self.obs)
+
+    def nats(self, evidence: Evidence, temperature: float) -> Tensor:
+        """What the samples are worth, [N, n]."""
+        level = torch.zeros(len(self._rows), dtype=torch.int64, device=self._rows.device)
+        if not isinstance(evidence, InUnits):
+            value = evidence(self._rows, level, temperature)
+        elif isinstance(evidence.evidence, Supported):
+            value = evidence.evidence.of(self.away[:, ::2])
+        else:
+            value = evidence.evidence(self.obs, level, temperature)
+        return value.view(self.shape)
+
+
+def _feasible(model: Model, c: PlannerConfig, known: Known, read: _Read) -> Tensor | None:
+    """Whether plans [N, n] keep all constraints, and stay within two margins of the data; None: nothing asks.
 
     The first row is what it is. A notice says so where none of a state's plans does.
     """
     if not c.evidence.constraints and not c.evidence.support:
         return None
-    rows = dense(model.codec.decode(x.flatten(0, 1))[0])[:, 1:]
-    kept = torch.ones(len(rows), dtype=torch.bool, device=x.device)
-    for constraint in c.evidence.constraints:
-        kept &= (constraint.violation(rows) <= SLACK * constraint.width).all(1)
+    kept = torch.ones(len(read.obs), dtype=torch.bool, device=read.obs.device)
+    if c.evidence.constraints:
+        rows = dense(read.obs)[:, 1:]
+        for constraint in c.evidence.constraints:
+            kept &= (constraint.violation(rows) <= SLACK * constraint.width).all(1)
     if c.evidence.support and model.support is not None:
-        kept &= (model.support(rows[..., list(model.support.config.columns)]) <= 2 * c.evidence.margin).all(1)
-    feasible = kept.view(x.shape[:2])
+        kept &= (read.away[:, 1:] <= 2 * c.evidence.margin).all(1)
+    feasible = kept.view(read.shape)
     if not feasible.any(1).all():
         none = int((~feasible.any(1)).nonzero()[0])
-        warnings.warn(Notice(_no_way(model, c, known, none, x.shape[1])), stacklevel=3)
+        warnings.warn(Notice(_no_way(model, c, known, none, read.shape[1])), stacklevel=3)
     return feasible
 
 
@@ -237,10 +268,10 @@ def temperature_of(model: Model, known: Known, key: Tensor, c: PlannerConfig) ->
     x = _samples(model, known, key, c, c.kl_samples, settings)
     if model.learned is None or model.temperatures is None:
         return temperature_for(evidence, x, c.kl_budget)
-    learned = _AtClean(model.learned)  # no function of return / temperature
+    learned, read = _AtClean(model.learned), _Read(model, x)  # no function of return / temperature
 
     def spent(temperature: float) -> float:
-        return float(posterior_kl(_at_clean(learned, x, temperature).double(), 1.0).mean())
+        return float(posterior_kl(read.nats(learned, temperature).double(), 1.0).mean())
 
     return _bisect(spent, model.temperatures, c.kl_budget)
 
@@ -271,7 +302,7 @@ def _parts(model: Model, c: PlannerConfig, noised: bool) -> dict[str, Evidence]:
 
     def add(name: str, *evidence: Evidence) -> None:
         if evidence:
-            parts[name] = InUnits(model.codec, together(*evidence))
+            parts[name] = InUnits(model.codec, evidence[0] if len(evidence) == 1 else together(*evidence))
 
     add("goals", *c.evidence.goals)
     if not c.evidence.project:
@@ -347,12 +378,6 @@ def _sample(model: Model, known: Known, key: Tensor, c: PlannerConfig, settings:
         return ddim(*given, c.steps, c.eta, model.clip, **settings)
     settings = {name: value for name, value in settings.items() if name != "reverse_variance"}
     return dpm_solver(*given, c.steps, model.clip, **settings)
-
-
-def _at_clean(evidence: Evidence, x: Tensor, temperature: float) -> Tensor:
-    """Nats [N, n] of samples [N, n, R, D]."""
-    flat = x.flatten(0, 1)
-    return evidence(flat, torch.zeros(len(flat), dtype=torch.int64, device=x.device), temperature).view(x.shape[:2])
 
 
 def _bisect(kl: Callable[[float], float], bounds: tuple[float, float], budget: float) -> float:

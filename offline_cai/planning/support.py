@@ -88,12 +88,15 @@ class Support(nn.Module):
         asked = (points.to(self.origin) - self.origin) / c.cell - 0.5
         at = asked.clamp(0, c.cells - 1.001)
         beyond = (asked - at).norm(dim=-1) * c.cell  # outside the grid
-        low = at.floor()
-        part, (i, j) = at - low, low.long().unbind(-1)
-        u, v = part.unbind(-1)
-        flat, index = self.distance.flatten(), i * c.cells + j
-        below = torch.lerp(flat[index], flat[index + 1], v)
-        return torch.lerp(below, torch.lerp(flat[index + c.cells], flat[index + c.cells + 1], v), u) + beyond
+        low = at.long()
+        (i, j), (u, v) = low.unbind(-1), (at - low).unbind(-1)
+        flat, index = self.distance.flatten(), torch.add(j, i, alpha=c.cells)
+        here, right, above, across = (flat[off:].take(index) for off in (0, 1, c.cells, c.cells + 1))
+        return torch.lerp(torch.lerp(here, right, v), torch.lerp(above, across, v), u) + beyond
+
+    def along(self, rows: Tensor, parts: int = 4) -> Tensor:
+        """The same of the points of rows [N, R, O'] in raw units, `dense` ones: [N, parts (R - 1) + 1]."""
+        return self(dense(rows[..., list(self.config.columns)], parts))
 
     def draw(self, key: Tensor, constraints: Sequence[Constraint] = ()) -> Tensor:
         """A place [N, 2] for each of keys [N], uniform over the visited cells whose centres keep the constraints.
@@ -157,11 +160,17 @@ class Supported:
 
     def share(self, x: Tensor) -> Tensor:
         """The share of points outside, [N], of rows [N, R, O'] in raw units; the border is soft, by .2 of a cell."""
-        away = self.support(dense(x[..., list(self.support.config.columns)], 2)) - self.margin
-        return torch.sigmoid(5 * away / self.support.config.cell).mean(-1)
+        return self._outside(self.support.along(x, 2))
+
+    def _outside(self, away: Tensor) -> Tensor:
+        return torch.sigmoid(5 * (away - self.margin) / self.support.config.cell).mean(-1)
 
     def __call__(self, x: Tensor, k: Tensor, temperature: float) -> Tensor:
         return -self.nats * self.share(x)
+
+    def of(self, away: Tensor) -> Tensor:
+        """The same nats of rows of which `Support.along`, in two parts, is known: [N, 2 (R - 1) + 1]."""
+        return -self.nats * self._outside(away)
 
 
 @dataclass(frozen=True)
