@@ -26,9 +26,12 @@ _GOLDEN, _MIX1, _MIX2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4
 
 def _mix(x: _Int64) -> _Int64:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014) on int64, whose products wrap as uint64's do."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX1
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX2
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+    x = x ^ ((x >> 30) & ((1 << 34) - 1))
+    x *= _MIX1
+    x ^= (x >> 27) & ((1 << 37) - 1)
+    x *= _MIX2
+    x ^= (x >> 31) & ((1 << 33) - 1)
+    return x
 
 
 def key(seed: int, *parts: int) -> int:
@@ -79,20 +82,27 @@ def _bits(keys: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
 
 def _hash(keys: _Int64, counter: _Int64, stream: int) -> _Int64:
     bits = _mix(_mix(keys + _of_stream(stream))[:, None] + counter * _GOLDEN)
-    return (bits >> 11) & ((1 << 53) - 1)
+    bits >>= 11
+    bits &= (1 << 53) - 1
+    return bits
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0) -> Tensor:
     """Uniform draws in (0, 1): float64 [B, *shape], one row per key; equal arguments give equal draws."""
-    return (_bits(keys, shape, stream).double() + 0.5) * 2.0**-53
+    return _bits(keys, shape, stream).double().add_(0.5).mul_(2.0**-53)
 
 
 def normal(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal draws [B, *shape], one row per key, by the Box-Muller transform. Streams are independent."""
     u = uniform(keys, (2, *shape), stream)
     if keys.device.type == "cpu":
-        x = u.numpy()
-        return torch.from_numpy(np.sqrt(-2 * np.log(x[:, 0])) * np.cos(2 * math.pi * x[:, 1])).to(dtype)
+        radius, angle = u.numpy()[:, 0], u.numpy()[:, 1]
+        np.log(radius, out=radius)
+        radius *= -2
+        np.sqrt(radius, out=radius)
+        angle *= 2 * math.pi
+        np.cos(angle, out=angle)
+        return torch.from_numpy(radius * angle).to(dtype)
     return (torch.sqrt(-2 * torch.log(u[:, 0])) * torch.cos(2 * math.pi * u[:, 1])).to(dtype)
 
 

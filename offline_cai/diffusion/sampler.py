@@ -139,9 +139,8 @@ def walk(
         residual.check(schedule, known)
         residual = residual.to(known.value)
     levels = levels_of(schedule, steps, share)
-    abar = torch.cat([schedule.abar, torch.ones_like(schedule.abar[:1])])  # abar[-1] is clean data
     for number, (level, following) in enumerate(zip(levels, [*levels[1:], -1], strict=True)):
-        a, b = abar[level], abar[following]
+        a, b = schedule.ends[level], schedule.ends[following]
         posterior = (1 - b) / (1 - a) * (1 - a / b)
         variance = (eta * posterior.sqrt()) ** 2
         direction = (1 - b - variance).clamp(min=0).sqrt()

@@ -16,7 +16,7 @@ class Schedule(nn.Module):
     1e-4 to .02, are for 1000 levels: they are scaled by 1000 / T, so that the last level is noise for any T.
     """
 
-    abar: Tensor  # [T]
+    ends: Tensor  # [T + 1], abar with that of clean data after it, which is level -1 so
 
     def __init__(self, levels: int, kind: ScheduleKind = "cosine") -> None:
         super().__init__()
@@ -25,11 +25,17 @@ class Schedule(nn.Module):
         self.levels = levels
         ends = {"beta_start": min(0.1 / levels, 0.5), "beta_end": min(20.0 / levels, 0.999)}
         scheduler = DDPMScheduler(num_train_timesteps=levels, beta_schedule=_DIFFUSERS[kind], **ends)
-        self.register_buffer("abar", scheduler.alphas_cumprod.clone(), persistent=False)
+        abar = torch.cat([scheduler.alphas_cumprod, torch.ones(1)])
+        self.register_buffer("ends", abar, persistent=False)
+
+    @property
+    def abar(self) -> Tensor:
+        """[T]."""
+        return self.ends[:-1]
 
     def abar_at(self, k: Tensor) -> Tensor:
         """abar [N, 1, 1] at levels k [N]; level -1 is clean data, abar 1."""
-        return torch.where(k < 0, torch.ones_like(self.abar[0]), self.abar[k.clamp(min=0)])[:, None, None]
+        return self.ends[k][:, None, None]
 
     def add_noise(self, x: Tensor, noise: Tensor, k: Tensor) -> Tensor:
         """x_k from x_0 [N, R, D], standard normal noise [N, R, D] and levels [N]."""

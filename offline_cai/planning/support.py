@@ -113,7 +113,7 @@ class Support(nn.Module):
     def _free(self, constraints: Sequence[Constraint] = ()) -> Tensor:
         """Row and column [M, 2] of each visited cell that keeps the constraints on these columns."""
         cells = (self.distance == 0).nonzero()
-        return cells[allowed(constraints, self.config.columns, self._centres(cells))]
+        return cells[allowed(constraints, self.config.columns, self._centres(cells))] if constraints else cells
 
     def _centres(self, cell: Tensor) -> Tensor:
         return self.origin + (cell + 0.5).to(self.origin.dtype) * self.config.cell
