@@ -1,5 +1,6 @@
 """Residual perceptrons over whole trajectories: what temporal convolutions are for, at a fraction of their cost."""
 
+import torch
 from torch import Tensor, nn
 
 from offline_cai.networks.temporal_unet import ConditionEmbedding, SinusoidalEmbedding
@@ -19,7 +20,7 @@ class FilmBlock(nn.Module):
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         scale, shift = self.level(embedding).chunk(2, -1)
-        return h + self.second(nn.functional.silu(self.first(h) * (1 + scale) + shift))
+        return h + self.second(nn.functional.silu(torch.addcmul(shift, self.first(h), 1 + scale)))
 
 
 class TemporalMLP(nn.Module):
