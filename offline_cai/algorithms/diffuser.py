@@ -432,14 +432,13 @@ class Diffuser(Algorithm):
                 f"{len(obs)} states, and got {list(numbers.shape)}: pass that many finite ones as `given`, or train "
                 "with another model.given."
             )
-        raw = torch.as_tensor(obs, dtype=torch.float32, device=self.schedule.abar.device)
-        state = raw[:, self.codec.columns]
-        rows = state[:, None].repeat(1, self.config.planner.rows or self.config.rows, 1)
+        raw = np.asarray(obs, dtype=np.float32)
+        rows = np.repeat(raw[:, None, self.codec.columns], self.config.planner.rows or self.config.rows, axis=1)
         if self.config.goal_field:
             rows[:, -1, list(self.config.goal_columns)] = raw[:, self.spec.columns(self.config.goal_field)]
         for (row, column), values in zip(parts, numbers.T, strict=True):
-            rows[:, row, column] = torch.as_tensor(values).to(rows)
-        own = self.codec.obs_norm.encode(rows)
+            rows[:, row, column] = values
+        own = self.codec.obs_norm.encode(torch.from_numpy(rows).to(self.schedule.ends.device))
         value = own.new_zeros(*own.shape[:2], self.codec.width)
         value[..., self.codec.state] = own
         return Known(value, self.mask(value))
