@@ -22,6 +22,7 @@ equation carries half of the score that the stochastic one does (Song et al. 202
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -61,7 +62,7 @@ def at_noisy(
         value, slope = _slope(lambda y: evidence(y, step.k, temperature), moved)
         moved = step.known.impose(moved + _reach(step) * slope)
     clean = denoise(moved, step.k)
-    shifted = clean + step.direction / (1 - step.abar).sqrt() / step.clean * (moved - x)
+    shifted = clean + step.direction / math.sqrt(1 - step.abar) / step.clean * (moved - x)
     return _steered(clean, shifted, value, step)._replace(prior=None)
 
 
@@ -90,7 +91,7 @@ def through_denoiser(denoise: Denoise, x: Tensor, step: Step, *, evidence: Evide
 
     value, slope = _slope(of_estimate, x)
     clean = found[-1].detach()
-    reach = step.posterior_variance / step.clean if step.eta == 1 else (1 - step.abar) / step.abar.sqrt()
+    reach = step.posterior_variance / step.clean if step.eta == 1 else (1 - step.abar) / math.sqrt(step.abar)
     return _steered(clean, clean + reach * slope, value, step)
 
 
@@ -137,7 +138,7 @@ def jacobian(
         direction[:, number] = 1.0
         column = torch.func.jvp(lambda y: denoise(y, step.k), (x,), (direction.view_as(x),))[1]
         columns.append(column.flatten(1)[:, free])
-    covariance = torch.stack(columns, -1) * (1 - step.abar) / step.abar.sqrt()
+    covariance = torch.stack(columns, -1) * ((1 - step.abar) / math.sqrt(step.abar))
     variance, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
     variance = torch.maximum(variance, FLOOR * variance[:, -1:].abs() + torch.finfo(x.dtype).tiny)
     basis = x.new_zeros(len(x), x[0].numel(), len(free))
@@ -220,8 +221,8 @@ def _finite(*numbers: Tensor) -> None:
         )
 
 
-def _reach(step: Step) -> Tensor:
-    """By how much a gradient of log-evidence moves the mean of a step, []."""
+def _reach(step: Step) -> float:
+    """By how much a gradient of log-evidence moves the mean of a step."""
     return (1 + step.eta**2) / 2 * step.posterior_variance
 
 

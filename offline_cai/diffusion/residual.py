@@ -30,8 +30,8 @@ class Spread(NamedTuple):
     free: Tensor  # [d] or [N, d], 1.0 where a number is free, 0.0 where it is known
 
     @staticmethod
-    def isotropic(variance: Tensor, free: Tensor) -> Spread:
-        return Spread(free.new_zeros(free.shape[-1], 0), free.new_zeros(0, 0), variance, free)
+    def isotropic(variance: float, free: Tensor) -> Spread:
+        return Spread(free.new_zeros(free.shape[-1], 0), free.new_zeros(0, 0), free.new_tensor(variance), free)
 
     @property
     def factor(self) -> Tensor:
@@ -43,7 +43,7 @@ class Spread(NamedTuple):
         beside = torch.diag_embed(self.free) - self.basis @ self.basis.mT
         return self.factor @ self.factor.mT + self.outer * beside
 
-    def scaled(self, weight: Tensor, variance: Tensor) -> Spread:
+    def scaled(self, weight: float, variance: float) -> Spread:
         """The covariance of weight · y + sqrt(variance) · eps, for y of this covariance."""
         root = weight * self.root
         if variance > 0:

@@ -6,9 +6,11 @@ They take a denoiser D(x_k, k) -> x_0 and impose the known rows at every level, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +46,11 @@ class Step(NamedTuple):
     number: int
     level: int
     following: int  # -1 is clean data
-    abar: Tensor  # []
-    abar_next: Tensor  # []
-    direction: Tensor  # []: of the noise that x seems to hold in the mean of x_next
-    variance: Tensor  # [], of x_next given x and x_0
-    posterior_variance: Tensor  # [], DDPM's, whatever `variance` is
+    abar: float
+    abar_next: float
+    direction: float  # of the noise that x seems to hold in the mean of x_next
+    variance: float  # of x_next given x and x_0
+    posterior_variance: float  # DDPM's, whatever `variance` is
     eta: float  # of DDIM: 1 is DDPM, 0 the ordinary differential equation
     analytic: bool  # whether the spread of x_0 goes into the noise
     residual: Spread | None
@@ -60,14 +62,13 @@ class Step(NamedTuple):
         return torch.tensor(self.level, device=self.known.value.device).expand(len(self.known.value))
 
     @property
-    def clean(self) -> Tensor:
-        """The weight of x_0 in the mean of x_next, []."""
-        return self.abar_next.sqrt() - self.direction * self.abar.sqrt() / (1 - self.abar).sqrt()
+    def clean(self) -> float:
+        """The weight of x_0 in the mean of x_next."""
+        return math.sqrt(self.abar_next) - self.direction * math.sqrt(self.abar / (1 - self.abar))
 
     def mean(self, x: Tensor, clean: Tensor) -> Tensor:
         """E[x_next | x, x_0 = clean], [N, R, D]."""
-        noise = (x - self.abar.sqrt() * clean) / (1 - self.abar).sqrt()
-        return self.abar_next.sqrt() * clean + self.direction * noise
+        return torch.add(self.clean * clean, x, alpha=self.direction / math.sqrt(1 - self.abar))
 
     def spread(self, belief: Belief) -> Spread | None:
         """The covariance of x_next given x, under what is believed of x_0; None for none."""
@@ -138,16 +139,17 @@ def walk(
     if residual is not None:
         residual.check(schedule, known)
         residual = residual.to(known.value)
-    levels = levels_of(schedule, steps, share)
+    levels, abar = levels_of(schedule, steps, share), schedule.ends.cpu().numpy()
     for number, (level, following) in enumerate(zip(levels, [*levels[1:], -1], strict=True)):
-        a, b = schedule.ends[level], schedule.ends[following]
+        a, b = abar[level], abar[following]
         posterior = (1 - b) / (1 - a) * (1 - a / b)
-        variance = (eta * posterior.sqrt()) ** 2
-        direction = (1 - b - variance).clamp(min=0).sqrt()
+        variance = (eta * np.sqrt(posterior)) ** 2
+        direction = np.sqrt(np.maximum(1 - b - variance, 0))
         if reverse_variance == "beta" and following >= 0:
             variance = 1 - a / b
         analytic = reverse_variance == "analytic"
         left = None if residual is None else residual.at(level)
+        a, b, direction, variance, posterior = map(float, (a, b, direction, variance, posterior))
         yield Step(number, level, following, a, b, direction, variance, posterior, eta, analytic, left, known)
 
 
@@ -270,7 +272,7 @@ def dpm_solver(
         clean = guide(denoise, x, step).posterior.mean
         h = _half_log_snr(step.abar_next) - _half_log_snr(step.abar)
         second = last is not None and step.following >= 0
-        ahead = clean + (clean - last) * h / (2 * last_h) if second else clean  # type: ignore[operator]
+        ahead = clean + (clean - last) * (h / (2 * last_h)) if second else clean  # type: ignore[operator]
         x = known.impose(step.mean(x, ahead))
         last, last_h = clean, h
         if trace is not None:
@@ -278,6 +280,6 @@ def dpm_solver(
     return x
 
 
-def _half_log_snr(abar: Tensor) -> Tensor:
+def _half_log_snr(abar: float) -> float:
     """lambda = log(sqrt(abar) / sqrt(1 - abar)) of Lu et al. 2022b; infinite at clean data."""
-    return 0.5 * (abar / (1 - abar)).log()
+    return 0.5 * math.log(abar / (1 - abar)) if abar < 1 else math.inf

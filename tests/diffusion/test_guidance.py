@@ -1,5 +1,6 @@
 """Guides against the exact posterior of a linear-Gaussian process, by moment propagation."""
 
+import math
 from functools import partial
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_network_s_gradient_is_the_chain_rule(problem: Problem) -> None:
     evidence = Return(lambda y: y.flatten(1) @ weight)
     belief = guidance.through_denoiser(d, x, step, evidence=evidence, temperature=2.0)
     assert step.residual is not None
-    slope = step.abar.sqrt() / (1 - step.abar) * step.residual.matrix() @ weight / 2.0
+    slope = math.sqrt(step.abar) / (1 - step.abar) * step.residual.matrix() @ weight / 2.0
     moved = (step.mean(x, belief.posterior.mean) - step.mean(x, belief.prior.mean))[0].flatten()
     torch.testing.assert_close(moved, step.posterior_variance * slope, rtol=1e-7, atol=1e-9)
 

@@ -43,7 +43,7 @@ def test_draws_and_densities_are_those_of_the_matrix(batch: bool) -> None:
 @pytest.mark.parametrize("variance", [0.0, 0.5])
 def test_a_step_adds_and_scales(variance: float) -> None:
     spread = some_spread(batch=True)
-    ours = spread.scaled(torch.tensor(0.7, dtype=F64), torch.tensor(variance, dtype=F64)).matrix()
+    ours = spread.scaled(0.7, variance).matrix()
     torch.testing.assert_close(ours, 0.49 * spread.matrix() + variance * torch.diag(spread.free))
     chosen = spread.select(torch.tensor([3, 3])).matrix()
     torch.testing.assert_close(chosen, spread.matrix()[[3, 3]])
