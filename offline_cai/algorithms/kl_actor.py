@@ -81,12 +81,12 @@ class KLActorConfig:
 
 
 class Actions(NamedTuple):
-    """What the policy does in B states: n actions, their weights, and their log-ratios to the prior."""
+    """What the policy does in B states: n actions, their weights and values, and how far it is from the prior."""
 
     action: Tensor  # [n, B, U]
     weight: Tensor  # [n, B], adds up to one over n
-    log_ratio: Tensor  # [n, B]
     q: Tensor  # [n, B], in units of reward
+    kl: Tensor  # [B], nats
 
     def mean(self, x: Tensor) -> Tensor:
         """The expectation [B] of x [n, B]."""
@@ -114,9 +114,7 @@ class KLActor(OfflineActorAlgorithm):
 
     def fit(self, chunks: Chunks) -> None:
         super().fit(chunks)
-        if self.dial.learned:
-            with torch.no_grad():
-                self.dial.log.copy_(self.returns.scale[0].log())
+        self.dial.begin(self.returns.scale[0])
 
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
         return {"prior": self._prior, "critic": self._critic, "actor": self._actor}[phase](batch)
@@ -134,8 +132,8 @@ class KLActor(OfflineActorAlgorithm):
                 wanted = batch.returns[:, 0]
             else:
                 acts = self.acts(self.normaliser.encode(step.next_obs), batch.key, self.target, NEXT)
-                penalty = self.dial.temperature * acts.log_ratio if c.value_penalty else 0.0
-                wanted = step.reward + c.discount * torch.where(step.terminal, 0.0, acts.mean(acts.q - penalty))
+                after = acts.mean(acts.q) - (self.dial.temperature * acts.kl if c.value_penalty else 0.0)
+                wanted = step.reward + c.discount * torch.where(step.terminal, 0.0, after)
         q = self.critic(obs, action)
         loss = 0.5 * (q - self.returns.encode(wanted)).square().sum()
         return Loss({"critic_loss": loss}, len(obs), {"q": self.returns.decode(q.detach()).mean(0).sum()})
@@ -145,11 +143,11 @@ class KLActor(OfflineActorAlgorithm):
         obs, temperature = self.now(batch)[0], self.dial.temperature
         acts = self.acts(obs, batch.key, self.critic, NOW)
         if self.config.direction == "reverse":
-            loss = acts.mean(acts.log_ratio - acts.q / temperature)
+            loss = acts.kl - acts.mean(acts.q) / temperature
         else:
             loss = -acts.mean(self.actor(obs).log_prob(acts.action))
-        kl = acts.mean(acts.log_ratio).detach()
-        return Loss({"actor_loss": loss.sum()}, len(obs), {"kl": kl.sum(), "temperature": temperature * len(obs)})
+        metrics = {"kl": acts.kl.detach().sum(), "temperature": temperature * len(obs)}
+        return Loss({"actor_loss": loss.sum()}, len(obs), metrics)
 
     def acts(self, obs: Tensor, key: Tensor, critic: Critic, stream: int) -> Actions:
         """What the policy does at encoded observations [B, O], with the least of the critics' values.
@@ -159,15 +157,18 @@ class KLActor(OfflineActorAlgorithm):
         """
         if self.config.direction == "reverse":
             assert isinstance(self.prior, DensityPrior)  # the config demands one
-            draw = self.actor(obs).draw(key, self.config.samples, stream)
-            q = self._q(critic, obs, draw.action)
-            return Actions(draw.action, draw.weight, draw.log_prob - self.prior.log_prob(obs, draw.action), q)
+            pi, prior = self.actor(obs), self.prior.at(obs)
+            draw = pi.draw(key, self.config.samples, stream)
+            q, alike = self._q(critic, obs, draw.action), type(pi) is type(prior)  # then no draws are needed for the KL
+            kl = pi.kl(prior) if alike else draw.mean(draw.log_prob - prior.log_prob(draw.action))
+            return Actions(draw.action, draw.weight, q, kl)
         draw = self.prior.draw(obs, key, self.config.samples, stream)
         with torch.no_grad():
             q = self._q(critic, obs, draw.action)
             value = soft.soft_value(q, self.dial.temperature, draw.weight.log(), dim=0)
             log_ratio = (q - value) / self.dial.temperature
-        return Actions(draw.action, draw.weight * log_ratio.exp(), log_ratio, q)
+        weight = draw.weight * log_ratio.exp()
+        return Actions(draw.action, weight, q, (weight * log_ratio).sum(0))
 
     def _q(self, critic: Critic, obs: Tensor, action: Tensor) -> Tensor:
         """[n, B], in units of reward."""

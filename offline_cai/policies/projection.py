@@ -54,9 +54,8 @@ class Projection(nn.Module):
 
     def begin(self, spread: Tensor) -> None:
         """Let a learned temperature begin where advantages of that spread [] are of order one."""
-        if self.dial.learned and not self.normalise:
-            with torch.no_grad():
-                self.dial.log.copy_(spread.log())
+        if not self.normalise:
+            self.dial.begin(spread)
 
     @torch.no_grad()
     def standardise(self, advantage: Tensor, step: Step) -> None:

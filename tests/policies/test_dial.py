@@ -27,6 +27,17 @@ def test_a_fixed_temperature_is_no_parameter_to_learn() -> None:
     assert not any(p.requires_grad for p in fixed.parameters())
 
 
+def test_a_kl_that_no_temperature_mends_does_not_take_it_out_of_sight() -> None:
+    knob = Dial("auto", 0.1, auto_budget=9.0)
+    knob.begin(torch.tensor(300.0))
+    for _ in range(2000):
+        knob.steer(5.0)
+    assert float(knob.temperature) == pytest.approx(300 * 1e5, rel=1e-4)
+    for _ in range(600):
+        knob.steer(0.0)
+    assert float(knob.temperature) < 300
+
+
 @pytest.mark.parametrize(
     ("temperature", "budget", "words"),
     [
