@@ -20,10 +20,10 @@ from offline_cai.training import experiment
 
 
 def shuffled(self: IQL, error: Tensor) -> Tensor:
-    return _advantage(self, error)[torch.randperm(len(error))]
+    return _advantage(self, error)[torch.randperm(len(error), generator=ORDER)]
 
 
-_advantage = IQL.advantage
+_advantage, ORDER = IQL.advantage, torch.Generator().manual_seed(9)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Implicit Q-learning: the behaviour prior, tilted by a value that is never asked about actions out of the data.
 
 Kostrikov, Nair and Levine 2021 (arXiv 2110.06169). V is an expectile of Q over the data's actions, Q bootstraps from V,
-and the actor is AWR's projection with A = Q - V. As in CORL the Gaussian is not squashed, and weights end at 100.
+and the actor is AWR's projection with A = Q - V. As in CORL the Gaussian is not squashed, and weights end at 100. The
+three are one phase: `training.clip` bounds the norm of all their gradients together.
 """
 
 import math

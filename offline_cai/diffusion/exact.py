@@ -86,4 +86,4 @@ def gaussian_kl(mean: Tensor, covariance: Tensor, other: Tensor, other_covarianc
     root = torch.linalg.solve_triangular(chol, torch.linalg.cholesky(covariance), upper=False)
     away = torch.linalg.solve_triangular(chol, (mean - other)[:, None], upper=False)
     log_det = root.diagonal().log().sum()
-    return max(float(0.5 * (root.square().sum() + away.square().sum() - len(mean)) - log_det), 0.0)
+    return float(0.5 * (root.square().sum() + away.square().sum() - len(mean)) - log_det)

@@ -23,10 +23,9 @@ class Schedule(nn.Module):
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
         self.levels = levels
-        ends = {"beta_start": min(0.1 / levels, 0.5), "beta_end": min(20.0 / levels, 0.999)}
-        scheduler = DDPMScheduler(num_train_timesteps=levels, beta_schedule=_DIFFUSERS[kind], **ends)
-        abar = torch.cat([scheduler.alphas_cumprod, torch.ones(1)])
-        self.register_buffer("ends", abar, persistent=False)
+        betas = {"beta_start": min(0.1 / levels, 0.5), "beta_end": min(20.0 / levels, 0.999)}
+        scheduler = DDPMScheduler(num_train_timesteps=levels, beta_schedule=_DIFFUSERS[kind], **betas)
+        self.register_buffer("ends", torch.cat([scheduler.alphas_cumprod, torch.ones(1)]), persistent=False)
 
     @property
     def abar(self) -> Tensor:

@@ -112,6 +112,6 @@ def follow(target: nn.Module, module: nn.Module, rate: float) -> None:
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
-    """As `parameters()`, which takes longer than moving small networks does."""
+    """As `parameters()`, which takes longer than moving small networks does; none may be shared."""
     own = [p for p in module._parameters.values() if p is not None]
     return own + [p for part in module._modules.values() if part is not None for p in _parameters(part)]

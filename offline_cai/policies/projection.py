@@ -14,7 +14,8 @@ from offline_cai.errors import UserError
 from offline_cai.inference import soft
 from offline_cai.policies.dial import Dial, Temperature
 
-LARGEST = 70.0  # nats: exp is 2.5e30, and float32 (up to 3e38) holds the sum of any batch, of nats · exp(nats) too
+LARGEST = 70.0  # nats either way: float32, from 1e-38 to 3e38, holds the sums of exp(nats) and of nats · exp(nats)
+FAR = 58.0  # nats: a mean weight beyond exp(±FAR) has samples at LARGEST, or a hundred thousand of them nearly there
 
 
 def check_clip(clip: float | None) -> None:
@@ -68,19 +69,21 @@ class Projection(nn.Module):
     @torch.no_grad()
     def tally(self, advantage: Tensor) -> dict[str, Tensor]:
         """Sums over samples with these advantages [n], for a loss to report: what `settle` finds the KL by."""
-        nats = self._nats(advantage.double()).clamp(max=LARGEST)
+        nats = self._nats(advantage.double()).clamp(-LARGEST, LARGEST)
         weight = nats.exp()
         return {"weight": weight.sum(), "tilted": weight @ nats}
 
     def settle(self, metrics: dict[str, float]) -> dict[str, float]:
         """A step's metrics with the KL that its weights had, in place of what was tallied, and the temperature.
 
-        A learned temperature moves towards its budget. A step that was skipped may have tallied nothing.
+        A learned temperature moves towards its budget; weights that are out of reach count as infinitely far. A step
+        that was skipped may have tallied nothing.
         """
-        weight, tilted = metrics.pop("weight", math.nan), metrics.pop("tilted", math.nan)
-        if math.isfinite(weight + tilted) and weight > 0:
-            metrics["kl"] = tilted / weight - math.log(weight)
-            self.dial.steer(metrics["kl"])
+        weight, tilted = metrics.pop("weight", None), metrics.pop("tilted", None)
+        if weight is not None and tilted is not None:
+            if math.exp(-FAR) < weight < math.exp(FAR):
+                metrics["kl"] = tilted / weight - math.log(weight)
+            self.dial.steer(metrics.get("kl", math.inf))
         return metrics | {"temperature": float(self.dial.temperature)}
 
     def loss(self, log_prob: Tensor, advantage: Tensor) -> Tensor:

@@ -287,6 +287,12 @@ class TrainingState:
             UserError: names the first tensor that is missing, unknown or of another shape.
         """
         own = self.tensors()
+        optimised = {name.split("/")[1] for name in tensors if name.startswith("optimiser/")}
+        if not optimised <= set(self.optimisers):
+            raise UserError(
+                f"{where} holds the optimisers of {', '.join(sorted(optimised))}, and this algorithm's are those of "
+                f"{', '.join(self.optimisers)}: another version wrote it. It can be evaluated, but not resumed here."
+            )
         assign(self.algorithm, _below(tensors, "model/"), where)
         for name, average in _below(own, "ema/").items():
             average.copy_(tensors[f"ema/{name}"])

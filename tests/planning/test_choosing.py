@@ -15,7 +15,7 @@ from offline_cai.diffusion.sampler import ddim
 from offline_cai.errors import Notice, UserError
 from offline_cai.planning.config import EvidenceConfig, PlannerConfig
 from offline_cai.planning.sampling import draw
-from offline_cai.planning.support import Support, SupportConfig, dense
+from offline_cai.planning.support import Support, SupportConfig, Supported, dense
 from tests.planning.conftest import FREE, GOAL, ROWS, SCHEDULE, WIDTH, denoise, model, nothing
 
 CHOOSE = PlannerConfig(steps=4, candidates=8, evidence=GOAL)
@@ -51,6 +51,20 @@ def test_candidates_tell_the_parts_of_their_evidence() -> None:
     rows = dense(2 * drawn.x.flatten(0, 1))[:, 1:]  # raw units are twice as large; the first row is what it is
     clear = (rows.norm(dim=-1) >= 1 - 1e-4).all(1).view(50, 32)
     assert drawn.feasible is not None and torch.equal(drawn.feasible, clear) and 0 < clear.float().mean() < 1
+
+
+def test_where_the_data_has_been_is_read_once_for_two_judges() -> None:
+    support = Support(SupportConfig(cell=0.1, cells=64))
+    half = np.stack(np.meshgrid(np.linspace(-2, 0.5, 81), np.linspace(-2, 2, 81)), -1).reshape(-1, 2).astype(np.float32)
+    support.fit(lambda discount=1.0: iter([Chunk(half, half[:, :1], half[:, 0])]), [0, 1])
+    c = dataclasses.replace(CHOOSE, evidence=EvidenceConfig(support=10.0), candidates=32)
+    drawn_from = model(support=support.double())
+    drawn = draw(drawn_from, *nothing(20), c)
+    rows = drawn_from.codec.decode(drawn.x.flatten(0, 1))[0]
+    nats = Supported(support, 10.0, c.evidence.margin)(rows, torch.zeros(len(rows)), 1.0).view(20, 32)
+    assert drawn.nats is not None and torch.allclose(drawn.nats["support"], nats) and nats.std() > 1
+    inside = (support.along(rows)[:, 1:] <= 2 * c.evidence.margin).all(1).view(20, 32)
+    assert drawn.feasible is not None and torch.equal(drawn.feasible, inside) and 0 < inside.float().mean() < 1
 
 
 def test_where_no_candidate_is_feasible_a_notice_says_so() -> None:
