@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from offline_cai.core import Algorithm, Batch, Chunks, Loss, Needs, Policy, Spec
+from offline_cai.errors import UserError
 from offline_cai.training.experiment import TrainingConfig
 from offline_cai.training.state import TrainingState
 
@@ -51,3 +52,13 @@ def test_a_parameter_that_a_loss_leaves_out_has_gradient_zero(spec: Spec) -> Non
         peer.zero_grad()
         assert [algorithm.always.item(), algorithm.sometimes.item()] == pytest.approx([p.item() for p in own], rel=1e-6)
     assert moved[1] > 0.01
+
+
+def test_moments_of_other_phases_are_refused(spec: Spec) -> None:
+    """A resume without them would be another run, and say nothing."""
+    state = TrainingState(Sometimes(spec, None), TrainingConfig(steps=4), Accelerator(cpu=True))
+    other = {**state.tensors(), "optimiser/critic/00000/exp_avg": torch.zeros(())}
+    with pytest.raises(
+        UserError, match=r"state of a run holds the optimisers of .*critic.*those of all: another version"
+    ):
+        state.load(other, state.facts(), "the state of a run")
