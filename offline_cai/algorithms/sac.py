@@ -116,8 +116,8 @@ class SAC(ActorAlgorithm):
             return None
         n, width, temperature = len(batch.key), self.spec.action_width, float(self.dial.temperature)
         if phase == "critic":
-            step, x = batch.transition, torch.cat(self.now(batch), -1)
-            after = self.normaliser.encode(step.next_obs)
+            step, (obs, after) = batch.transition, self.normaliser.encode(batch.obs[:, :2]).unbind(1)
+            x = torch.cat([obs, self.spec.to_unit(batch.action[:, 0, 0])], -1)
             if isinstance(self.target, Critic):
                 noise = seeding.normal(batch.key, (width,), VALUE, x.dtype)
                 draw = by_hand.squash(by_hand.run(self.actor.body, after).out, noise)

@@ -68,15 +68,11 @@ class Normaliser(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         if self.kind == "quantile":
             return _piecewise(x, self.knots, self.levels, 1 / self.scale)
-        if self.kind == "none":
-            return x.to(self.shift.dtype)
         return (x - self.shift) / self.scale
 
     def decode(self, x: Tensor) -> Tensor:
         if self.kind == "quantile":
             return _piecewise(x, self.levels, self.knots, self.scale)
-        if self.kind == "none":
-            return x.to(self.shift.dtype)
         return x * self.scale + self.shift
 
 
