@@ -126,11 +126,12 @@ class SAC(ActorAlgorithm):
             else:
                 value = self.target(after)
             loss, q = by_hand.regress(self.critic.each, x, self.backup(step, value), unit)
-            return Loss({"critic_loss": loss}, n, {"q": q.mean(0).sum()})
+            return Loss({"critic_loss": loss}, n, {"q": q.sum() / len(q)})
         obs = self.normaliser.encode(batch.obs[:, 0])
         actor = by_hand.run(self.actor.body, obs)
         draw = by_hand.squash(actor.out, seeding.normal(batch.key, (width,), ACTOR, obs.dtype))
-        one, two = (by_hand.run(q, torch.cat([obs, draw.action], -1)) for q in self.critic.each)
+        both = torch.cat([obs, draw.action], -1)
+        one, two = (by_hand.run(q, both) for q in self.critic.each)
         least, slope = (one.out < two.out)[:, 0], torch.empty_like(draw.action)
         for critic, own in ((one, least), (two, ~least)):  # a sample goes back through the critic that says less, alone
             rows = own.nonzero()[:, 0]
@@ -142,7 +143,7 @@ class SAC(ActorAlgorithm):
             excess = n * self.dial.slope(kl / n)
             terms["temperature_loss"] = self.dial.log * excess
             torch.div(excess, unit, out=self.dial.log.grad)
-        return Loss(terms, n, {"kl": kl, "temperature": nats.new_tensor(temperature * n)})
+        return Loss(terms, n, {"kl": kl, "temperature": torch.scalar_tensor(temperature * n)})
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
         metrics: dict[str, float] = {}
