@@ -19,6 +19,8 @@ if kind == "same":
     tell("no such dataset.")
     sys.exit(2)
 if kind == "second":
+    while rank == 0 and not pathlib.Path(os.environ["OFFLINE_CAI_ERRORS"], "1").exists():
+        time.sleep(0.01)  # on a busy machine the other, which is the cause, may take longer than GRACE to begin
     tell("{launch.LOST} (reset)." if rank == 0 else "its worker died.")
     sys.exit(2)
 if kind == "killed":
