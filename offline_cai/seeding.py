@@ -6,37 +6,54 @@ and noise is a hash of that key. So one process and many draw the same noise, an
 """
 
 import math
-from functools import cache
-from typing import TypeVar
+from functools import cache, lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
-_Int64 = TypeVar("_Int64", Tensor, np.ndarray)
+_Words = TypeVar("_Words", Tensor, np.ndarray)
+"""64-bit words, whose products wrap: uint64 in NumPy, int64 of the same bits in torch, which multiplies no uint64."""
 
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-_GOLDEN, _MIX1, _MIX2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_CONSTANTS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SIGNED, _UNSIGNED = tuple(map(_signed, _CONSTANTS)), tuple(np.array(c, dtype=np.uint64) for c in _CONSTANTS)
 
 
-def _mix(x: _Int64) -> _Int64:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014) on int64, whose products wrap as uint64's do."""
-    x = x ^ ((x >> 30) & ((1 << 34) - 1))
-    x *= _MIX1
-    x ^= (x >> 27) & ((1 << 37) - 1)
-    x *= _MIX2
-    x ^= (x >> 31) & ((1 << 33) - 1)
+def _constants(x: Tensor | np.ndarray) -> tuple[Any, ...]:
+    return _SIGNED if isinstance(x, Tensor) else _UNSIGNED
+
+
+def _down(x: _Words, bits: int) -> _Words:
+    """x moved right, zeros coming in from the left."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1) if isinstance(x, Tensor) else x >> bits
+
+
+def _mix(x: _Words) -> _Words:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014)."""
+    _, one, two = _constants(x)
+    x = x ^ _down(x, 30)
+    x *= one
+    x ^= _down(x, 27)
+    x *= two
+    x ^= _down(x, 31)
     return x
 
 
 def key(seed: int, *parts: int) -> int:
     """One signed 64-bit key from a seed and any integers, for example (seed, step)."""
-    return _signed(int(np.random.SeedSequence(_words(seed, *parts)).generate_state(1, np.uint64)[0]))
+    return _signed(int(_sequence(seed, *parts).generate_state(1, np.uint64)[0]))
+
+
+@lru_cache(maxsize=1)  # a batch asks for a generator, and for keys
+def _sequence(*parts: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(_words(*parts))
 
 
 def _words(*parts: int) -> np.ndarray:
@@ -52,57 +69,62 @@ def seed_of(seed: int, *parts: int) -> int:
 
 def keys(seed: int, step: int, positions: Tensor) -> Tensor:
     """The keys [B] of the samples at `positions` [B], on the CPU, of the global batch of `step`."""
-    return torch.from_numpy(_mix(positions.to(torch.int64).numpy() * _GOLDEN + key(seed, step)))
+    words = positions.numpy().astype(np.uint64) * _UNSIGNED[0] + (key(seed, step) & _MASK)
+    return torch.from_numpy(_mix(words).view(np.int64))
 
 
 def split(keys: Tensor, count: int) -> Tensor:
     """`count` new keys for each of B keys: int64 [B, count], the first keys the same whatever the count."""
-    return _mix(_mix(keys)[:, None] + torch.arange(1, count + 1, device=keys.device) * _GOLDEN)
+    return _mix(_mix(keys)[:, None] + torch.arange(1, count + 1, device=keys.device) * _SIGNED[0])
 
 
 def rng(seed: int, *parts: int) -> np.random.Generator:
     """A NumPy generator for (seed, *parts): draws that are not per sample, such as which rows make a batch."""
-    return np.random.default_rng(_words(seed, *parts))
+    return np.random.default_rng(_sequence(seed, *parts))
 
 
 @cache
 def _of_stream(stream: int) -> int:
-    return _signed(key(stream) & _MASK)
+    return key(stream) & _MASK
 
 
-def _bits(keys: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
-    """53 random bits as int64 [B, *shape]; hashed by NumPy on the CPU, whose small operations cost less."""
-    count = math.prod(shape)
-    if keys.device.type == "cpu":
-        bits = torch.from_numpy(_hash(keys.numpy(), np.arange(1, count + 1), stream))
-    else:
-        bits = _hash(keys, torch.arange(1, count + 1, device=keys.device), stream)
-    return bits.view(len(keys), *shape)
-
-
-def _hash(keys: _Int64, counter: _Int64, stream: int) -> _Int64:
-    bits = _mix(_mix(keys + _of_stream(stream))[:, None] + counter * _GOLDEN)
-    bits >>= 11
-    bits &= (1 << 53) - 1
-    return bits
+def _hash(keys: _Words, counter: _Words, stream: int) -> _Words:
+    """53 random bits [B, count]."""
+    golden, *_ = _constants(keys)
+    own = _of_stream(stream)
+    return _down(_mix(_mix(keys + (_signed(own) if isinstance(keys, Tensor) else own))[:, None] + counter * golden), 11)
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0) -> Tensor:
     """Uniform draws in (0, 1): float64 [B, *shape], one row per key; equal arguments give equal draws."""
-    return _bits(keys, shape, stream).double().add_(0.5).mul_(2.0**-53)
+    count = math.prod(shape)
+    if keys.device.type == "cpu":
+        u = torch.from_numpy(_uniform(keys.numpy(), count, stream))
+    else:
+        counter = torch.arange(1, count + 1, device=keys.device)
+        u = _hash(keys, counter, stream).double().add_(0.5).mul_(2.0**-53)
+    return u.view(len(keys), *shape)
+
+
+def _uniform(keys: np.ndarray, count: int, stream: int) -> np.ndarray:
+    """By NumPy, whose small operations cost less than torch's: float64 [B, count]."""
+    u = _hash(keys.view(np.uint64), np.arange(1, count + 1, dtype=np.uint64), stream).astype(np.float64)
+    u += 0.5
+    u *= 2.0**-53
+    return u
 
 
 def normal(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal draws [B, *shape], one row per key, by the Box-Muller transform. Streams are independent."""
-    u = uniform(keys, (2, *shape), stream)
     if keys.device.type == "cpu":
-        radius, angle = u.numpy()[:, 0], u.numpy()[:, 1]
-        np.log(radius, out=radius)
-        radius *= -2
-        np.sqrt(radius, out=radius)
-        angle *= 2 * math.pi
-        np.cos(angle, out=angle)
-        return torch.from_numpy(radius * angle).to(dtype)
+        count = math.prod(shape)
+        one, two = _uniform(keys.numpy(), 2 * count, stream).reshape(len(keys), 2, count).swapaxes(0, 1)
+        z = np.log(one)
+        z *= -2
+        np.sqrt(z, out=z)
+        z *= np.cos(2 * math.pi * two)
+        return torch.from_numpy(z).to(dtype).view(len(keys), *shape)
+    u = uniform(keys, (2, *shape), stream)
     return (torch.sqrt(-2 * torch.log(u[:, 0])) * torch.cos(2 * math.pi * u[:, 1])).to(dtype)
 
 

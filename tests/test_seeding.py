@@ -12,6 +12,13 @@ def test_draws_are_functions_of_the_key_alone() -> None:
     assert torch.equal(whole[6:], part)
 
 
+def test_torch_hashes_as_numpy_does() -> None:
+    """On a GPU it is torch that does."""
+    keys = torch.cat([seeding.keys(3, 7, torch.arange(50)), torch.tensor([0, -1, 2**63 - 1, -(2**63)])])
+    ours = seeding._hash(keys.numpy().view(np.uint64), np.arange(1, 6, dtype=np.uint64), 2)
+    assert np.array_equal(seeding._hash(keys, torch.arange(1, 6), 2).numpy(), ours.astype(np.int64))
+
+
 @pytest.mark.parametrize("other", [{"seed": 4}, {"step": 8}, {"stream": 1}])
 def test_another_seed_step_or_stream_gives_unrelated_draws(other: dict[str, int]) -> None:
     def draw(seed: int = 3, step: int = 7, stream: int = 0) -> torch.Tensor:

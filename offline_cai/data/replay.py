@@ -187,21 +187,22 @@ class Replay:
         Raises:
             UserError: no row is like that yet.
         """
-        counts = np.append(self._offset, self._open - self._low)
+        low = self._low
+        counts = np.concatenate([[self._offset], self._open - low])
         ladder = counts.cumsum()
-        begins = np.append(0, self._shift + self._low) - (ladder - counts)
-        drawn, tries = np.empty(0, dtype=np.int64), 0
-        while len(drawn) < n:
+        begins = np.concatenate([[0], self._shift + low]) - (ladder - counts)
+        drawn = np.empty(0, dtype=np.int64)
+        for _ in range(ROUNDS):
             at = rng.integers(ladder[-1], size=n - len(drawn))
-            at += begins[np.searchsorted(ladder, at, side="right")]
-            drawn = np.append(drawn, at[at + max(span, 1) <= self._columns.end[at]])
-            tries += 1
-            if tries == ROUNDS:
-                raise UserError(
-                    f"no episode in the replay has {span} steps yet: begin with more random_steps, shorten the "
-                    "windows, or allow padding."
-                )
-        return drawn
+            at += begins[ladder.searchsorted(at, side="right")]
+            at = at[at + max(span, 1) <= self._columns.end[at]]
+            drawn = np.concatenate([drawn, at]) if len(drawn) else at
+            if len(drawn) == n:
+                return drawn
+        raise UserError(
+            f"no episode in the replay has {span} steps yet: begin with more random_steps, shorten the "
+            "windows, or allow padding."
+        )
 
     def latest(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """The last steps of each lane, as first rows [P] of the pieces of episodes that they make, and their lanes [P].
