@@ -105,12 +105,11 @@ class IQL(OfflineActorAlgorithm):
         """Q - V [B] in units of reward, from its value in units of the data's returns."""
         return self.returns.scale * error
 
-    @torch.no_grad()
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
         if self.critic.choices or self.actor.family != "gaussian":
             return None
         obs, action = self.now(batch)
-        value, actor = by_hand.run(self.value.body, obs), by_hand.run(self.actor.body, obs)
+        value = by_hand.run(self.value.body, obs)
         error = self.least(obs, action)[:, None] - value.out
         weighed = torch.where(error < 0, 1 - self.config.expectile, self.config.expectile) * error
         value.learn(weighed * (-2 / unit))
@@ -118,6 +117,7 @@ class IQL(OfflineActorAlgorithm):
         critic_loss, q = by_hand.regress(self.critic.each, both, wanted, unit)
         advantage, log_std = self.advantage(error[:, 0]), self.actor.log_std
         weight, bounded = self.projection.weights(advantage), log_std.clamp(*LOG_STD)
+        actor = by_hand.run(self.actor.body, obs)
         mean, std = actor.out.tanh(), bounded.exp()
         z, share = (action - mean) / std, weight / -unit
         squared = z.square()

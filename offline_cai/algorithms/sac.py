@@ -2,7 +2,8 @@
 
 Two forms. Haarnoja et al. 2018b (arXiv 1812.05905): twin critics that bootstrap from slow copies of themselves, and a
 temperature that is found. Haarnoja et al. 2018a (arXiv 1801.01290): twin critics that bootstrap from a slow copy of a
-separate V(s). Choices: Christodoulou 2019, with exact expectations in place of samples.
+separate V(s). Choices: Christodoulou 2019, with exact expectations in place of samples. All are one phase:
+`training.clip` bounds the norm of all their gradients together.
 """
 
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from offline_cai.data.codec import NormaliserKind
 from offline_cai.policies import by_hand, dial
 from offline_cai.policies.acting import ActorAlgorithm, check_bootstrap
 from offline_cai.policies.dial import Dial, Temperature
-from offline_cai.policies.distributions import log_uniform
-from offline_cai.policies.networks import Actor, Critic, Value, follow, slow
+from offline_cai.policies.distributions import Draw, log_uniform
+from offline_cai.policies.networks import Actor, Critic, Value, follow, frozen, slow
 
-VALUE, ACTOR = 0, 1  # streams of noise
+NEXT, NOW = 0, 1  # streams of noise
 
 
 @dataclass(frozen=True)
@@ -62,26 +63,34 @@ class SAC(ActorAlgorithm):
 
     @property
     def needs(self) -> Needs:
-        groups: dict[str, tuple[str, ...]] = {"value": ("value.",)} if self.value else {}
-        groups |= {"critic": ("critic.",), "actor": ("actor.", "dial.")}
+        groups = {"all": ("value.", "critic.", "actor.", "dial.")}
         return Needs(discount=self.config.discount, source="replay", groups=groups)
 
     def forward(self, batch: Batch, phase: str = "all") -> Loss:
-        return {"value": self._value, "critic": self._critic, "actor": self._actor}[phase](batch)
+        """Losses of critics, actor, V and temperature, each by the others as they are, as in rlkit.
 
-    def _value(self, batch: Batch) -> Loss:
-        """Squared distance of V from the soft value (2018a, equation 5)."""
-        assert self.value is not None
-        obs = self.normaliser.encode(batch.transition.obs)
-        error = self.value(obs) - self._soft_value(obs, self.critic, batch.key)
-        return Loss({"value_loss": 0.5 * error.square().sum()}, len(obs))
+        Squared soft Bellman errors (2018a, equation 7; 2018b, equation 5); KL to exp(Q / temperature), times the
+        temperature (2018b, equation 7); squared distance of V from the soft value (2018a, equation 5); the
+        temperature's dual (2018b, equation 18).
+        """
+        step, (obs, action), temperature = batch.transition, self.now(batch), self.dial.temperature
+        q, draw = self.critic(obs, action), self.actor(obs).draw(batch.key, stream=NOW)
+        worth = self._soft(frozen(self.critic, obs, draw.action), draw)
+        terms = {
+            "critic_loss": 0.5 * (q - self.backup(step, self.after(step, batch.key))).square().sum(),
+            "actor_loss": -worth.sum(),
+        }
+        if self.value is not None:
+            terms["value_loss"] = 0.5 * (self.value(obs) - worth.detach()).square().sum()
+        kl = draw.mean(draw.log_prob) - log_uniform(self.spec)
+        if self.dial.learned:
+            terms["temperature_loss"] = self.dial.loss(kl).sum()
+        metrics = {"q": q.detach().mean(0).sum(), "kl": kl.detach().sum(), "temperature": temperature * len(obs)}
+        return Loss(terms, len(obs), metrics)
 
-    def _critic(self, batch: Batch) -> Loss:
-        """Squared soft Bellman error (2018a, equation 7; 2018b, equation 5)."""
-        step = batch.transition
-        q = self.critic(*self.now(batch))
-        loss = 0.5 * (q - self.backup(step, self.after(step, batch.key))).square().sum()
-        return Loss({"critic_loss": loss}, len(step.obs), {"q": q.detach().mean(0).sum()})
+    def _soft(self, q: Tensor, draw: Draw) -> Tensor:
+        """E[min Q - temperature · log pi] [B], for Q [2, n, B] of the draws (2018b, equation 3)."""
+        return draw.mean(q.amin(0) - self.dial.temperature * draw.log_prob)
 
     def backup(self, step: Transition, value: Tensor) -> Tensor:
         """What Q(s, a) should be [B]: r + discount · V(s'), for V(s') [B]."""
@@ -91,63 +100,45 @@ class SAC(ActorAlgorithm):
     def after(self, step: Transition, key: Tensor) -> Tensor:
         """V(s') [B], by the slow copy."""
         obs = self.normaliser.encode(step.next_obs)
-        return self._soft_value(obs, self.target, key) if isinstance(self.target, Critic) else self.target(obs)
+        if not isinstance(self.target, Critic):
+            return self.target(obs)
+        draw = self.actor(obs).draw(key, stream=NEXT)
+        return self._soft(self.target(obs, draw.action), draw)
 
-    @torch.no_grad()
-    def _soft_value(self, obs: Tensor, critic: Critic, key: Tensor) -> Tensor:
-        """E[min Q - temperature · log pi] [B] at normalised observations (2018b, equation 3)."""
-        draw = self.actor(obs).draw(key, stream=VALUE)
-        return draw.mean(critic(obs, draw.action).amin(0) - self.dial.temperature * draw.log_prob)
-
-    def _actor(self, batch: Batch) -> Loss:
-        """KL to exp(Q / temperature), times the temperature (2018b, equation 7), and the temperature's dual (18)."""
-        obs, temperature = self.normaliser.encode(batch.obs[:, 0]), self.dial.temperature
-        draw = self.actor(obs).draw(batch.key, stream=ACTOR)
-        q = self.critic(obs, draw.action).amin(0)
-        terms = {"actor_loss": draw.mean(temperature * draw.log_prob - q).sum()}
-        kl = draw.mean(draw.log_prob) - log_uniform(self.spec)
-        if self.dial.learned:
-            terms["temperature_loss"] = self.dial.loss(kl).sum()
-        return Loss(terms, len(obs), {"kl": kl.detach().sum(), "temperature": temperature * len(obs)})
-
-    @torch.no_grad()
     def by_hand(self, batch: Batch, phase: str, unit: int) -> Loss | None:
-        if self.actor.choices or phase == "value":
+        if self.actor.choices:
             return None
         n, width, temperature = len(batch.key), self.spec.action_width, float(self.dial.temperature)
-        if phase == "critic":
-            step, (obs, after) = batch.transition, self.normaliser.encode(batch.obs[:, :2]).unbind(1)
-            x = torch.cat([obs, self.spec.to_unit(batch.action[:, 0, 0])], -1)
-            if isinstance(self.target, Critic):
-                noise = seeding.normal(batch.key, (width,), VALUE, x.dtype)
-                draw = by_hand.squash(by_hand.run(self.actor.body, after).out, noise)
-                said = torch.cat([after, draw.action], -1)
-                value = torch.minimum(*(q(said) for q in self.target.each))[:, 0] - temperature * draw.log_prob
-            else:
-                value = self.target(after)
-            loss, q = by_hand.regress(self.critic.each, x, self.backup(step, value), unit)
-            return Loss({"critic_loss": loss}, n, {"q": q.sum() / len(q)})
-        obs = self.normaliser.encode(batch.obs[:, 0])
-        actor = by_hand.run(self.actor.body, obs)
-        draw = by_hand.squash(actor.out, seeding.normal(batch.key, (width,), ACTOR, obs.dtype))
-        both = torch.cat([obs, draw.action], -1)
-        one, two = (by_hand.run(q, both) for q in self.critic.each)
+        both = self.normaliser.encode(batch.obs[:, :2]).transpose(0, 1).reshape(2 * n, -1)  # s, then s'
+        actor = by_hand.run(self.actor.body, both)
+        noise = torch.cat([seeding.normal(batch.key, (width,), stream, both.dtype) for stream in (NOW, NEXT)])
+        draw = by_hand.squash(actor.out, noise)
+        drawn = torch.cat([both, draw.action], -1)
+        if isinstance(self.target, Critic):
+            value = torch.minimum(*(q(drawn[n:]) for q in self.target.each))[:, 0] - temperature * draw.log_prob[n:]
+        else:
+            value = self.target(both[n:])
+        taken = torch.cat([both[:n], self.spec.to_unit(batch.action[:, 0, 0])], -1)
+        critic_loss, q = by_hand.regress(self.critic.each, taken, self.backup(batch.transition, value), unit)
+        draw, drawn = by_hand.Squashed(*(x[:n] for x in draw)), drawn[:n]
+        one, two = (by_hand.run(q, drawn) for q in self.critic.each)
         least, slope = (one.out < two.out)[:, 0], torch.empty_like(draw.action)
         for critic, own in ((one, least), (two, ~least)):  # a sample goes back through the critic that says less, alone
             rows = own.nonzero()[:, 0]
-            slope.index_copy_(0, rows, critic.to_input(obs.new_full((rows.shape[0], 1), -1 / unit), width, rows))
-        actor.learn(draw.back(slope, temperature / unit))
-        nats, worth = draw.log_prob.sum(), torch.minimum(one.out, two.out).sum()
-        terms, kl = {"actor_loss": temperature * nats - worth}, nats - n * log_uniform(self.spec)
+            slope.index_copy_(0, rows, critic.to_input(-1 / unit, width, rows))
+        actor.part(slice(n)).learn(draw.back(slope, temperature / unit))
+        worth = torch.minimum(one.out, two.out)[:, 0].sub_(draw.log_prob, alpha=temperature)
+        terms = {"critic_loss": critic_loss, "actor_loss": -worth.sum()}
+        kl = draw.log_prob.sum() - n * log_uniform(self.spec)
+        if self.value is not None:
+            terms["value_loss"], _ = by_hand.regress([self.value.body], both[:n], worth, unit)
         if self.dial.learned:
             excess = n * self.dial.slope(kl / n)
             terms["temperature_loss"] = self.dial.log * excess
             torch.div(excess, unit, out=self.dial.log.grad)
-        return Loss(terms, n, {"kl": kl, "temperature": torch.scalar_tensor(temperature * n)})
+        return Loss(terms, n, {"q": q.sum() / len(q), "kl": kl, "temperature": torch.scalar_tensor(temperature * n)})
 
     def update(self, batch: Batch, step: Step) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for phase in self.needs.groups:
-            metrics |= step(batch, phase)
+        metrics = step(batch)
         follow(self.target, self.value or self.critic, self.config.tau)
         return metrics

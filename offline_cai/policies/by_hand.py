@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from offline_cai.networks.mlp import Perceptron, last
 from offline_cai.policies.networks import LOG_STD
 
-_relu_backward = torch.ops.aten.threshold_backward.grad_input
+_relu_backward = torch.ops.aten.threshold_backward
 
 
 class Pass(NamedTuple):
@@ -23,6 +23,10 @@ class Pass(NamedTuple):
     layers: list[tuple[Tensor, Tensor]]
     inputs: list[Tensor]
     out: Tensor
+
+    def part(self, rows: slice) -> "Pass":
+        """That of some of the rows."""
+        return Pass(self.layers, [x[rows] for x in self.inputs], self.out[rows])
 
     def learn(self, gradient: Tensor) -> None:
         """Set the gradients of the weights, for that of the output [B, outputs]."""
@@ -34,17 +38,19 @@ class Pass(NamedTuple):
         torch.sum(gradient, 0, out=bias.grad)
         for (before, bias), x, y in zip(hidden[::-1], self.inputs[-2::-1], self.inputs[:0:-1], strict=True):
             gradient = gradient.mm(weight.t())
-            _relu_backward(gradient, y, 0, grad_input=gradient)
+            _relu_backward.grad_input(gradient, y, 0, grad_input=gradient)
             torch.mm(x.t(), gradient, out=before.grad)
             torch.sum(gradient, 0, out=bias.grad)
             weight = before
 
-    def to_input(self, gradient: Tensor, width: int, rows: Tensor) -> Tensor:
-        """The gradient of the last inputs [n, width] of some samples [n], for that of their output [n, outputs]."""
-        for (weight, _), y in zip(self.layers[:0:-1], self.inputs[:0:-1], strict=True):
-            gradient = gradient.mm(weight.t())
-            _relu_backward(gradient, y.index_select(0, rows), 0, grad_input=gradient)
-        return gradient.mm(self.layers[0][0][-width:].t())
+    def to_input(self, gradient: float, width: int, rows: Tensor) -> Tensor:
+        """The gradient of the last inputs [n, width] of some samples [n], for one number as that of their outputs."""
+        weights = [weight for weight, _ in self.layers]
+        weights[0] = weights[0][-width:]
+        back = (gradient * weights[-1].t()).expand(rows.shape[0], -1)
+        for weight, y in zip(weights[-2::-1], self.inputs[:0:-1], strict=True):
+            back = _relu_backward(back, y.index_select(0, rows), 0).mm(weight.t())
+        return back
 
 
 def run(perceptron: Perceptron, x: Tensor) -> Pass:
@@ -61,13 +67,16 @@ def regress(perceptrons: Iterable[Perceptron], x: Tensor, wanted: Tensor, unit: 
 
     Gives that sum [] and what the perceptrons say [count, B]; the weights get the gradients of sum / unit.
     """
-    passes = [run(perceptron, x) for perceptron in perceptrons]
-    said = torch.cat([one.out for one in passes], -1)
-    error = said - wanted[:, None]
-    for one, gradient in zip(passes, (error / unit).split(1, -1), strict=True):
-        one.learn(gradient)
-    flat = error.view(-1)
-    return 0.5 * flat.dot(flat), said.t()
+    q = torch.cat([_regress(perceptron, x, wanted, unit) for perceptron in perceptrons], -1)
+    error = (q - wanted[:, None]).view(-1)
+    return 0.5 * error.dot(error), q.t()
+
+
+def _regress(perceptron: Perceptron, x: Tensor, wanted: Tensor, unit: int) -> Tensor:
+    """One of them, forward and backward at once: what lies between is in the cache still. It says [B, 1]."""
+    one = run(perceptron, x)
+    one.learn((one.out - wanted[:, None]).div_(unit))
+    return one.out
 
 
 class Squashed(NamedTuple):
@@ -90,7 +99,7 @@ def squash(out: Tensor, noise: Tensor) -> Squashed:
     log_std = free_log_std.clamp(*LOG_STD)
     moved = log_std.exp() * noise
     u = mean + moved
-    of_noise = torch.addcmul(log_std, noise, noise, value=0.5)
-    nats = softplus(-2 * u).add_(u).mul_(2).sub_(of_noise)
+    twice = u + u
+    nats = torch.sub(twice, logsigmoid(twice), alpha=2).sub_(torch.addcmul(log_std, noise, noise, value=0.5))
     log_prob = nats.sum(-1).sub_(u.shape[-1] * (0.5 * math.log(2 * math.pi) + 2 * math.log(2)))
-    return Squashed(torch.tanh(u), log_prob, moved, free_log_std == log_std)
+    return Squashed(u.tanh_(), log_prob, moved, free_log_std == log_std)

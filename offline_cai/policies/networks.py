@@ -7,6 +7,7 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from offline_cai.core import Discrete, Spec
 from offline_cai.networks.mlp import Perceptron
@@ -103,6 +104,11 @@ class ScaledValue(Value):
 def slow(module: M) -> M:
     """A copy without gradients, to be moved by `follow`."""
     return copy.deepcopy(module).requires_grad_(False)
+
+
+def frozen(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """What a module gives, with its parameters for constants: gradients go on to the inputs alone."""
+    return functional_call(module, {name: p.detach() for name, p in module.named_parameters()}, inputs)
 
 
 @torch.no_grad()

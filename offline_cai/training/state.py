@@ -125,7 +125,8 @@ class TrainingState:
         unit, losses = None, []
         for part in batch.split(self.config.accumulate) if self.config.accumulate > 1 else [batch]:
             samples = max(len(part.key), 1)
-            by_hand = self.algorithm.by_hand(part, phase, samples) if self._by_hand else None
+            with torch.no_grad():
+                by_hand = self.algorithm.by_hand(part, phase, samples) if self._by_hand else None
             loss, unit = self._by_autograd(part, phase, unit) if by_hand is None else (by_hand, samples)
             losses.append(loss)
         assert unit is not None

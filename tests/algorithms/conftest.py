@@ -1,5 +1,6 @@
 """Small problems whose answers are known, as batches: states are one-hot, actions are choices."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from offline_cai import seeding
 from offline_cai.core import Algorithm, Batch, Box, Discrete, Field, Spec
 from offline_cai.training.experiment import TrainingConfig
 from offline_cai.training.state import TrainingState
+from offline_cai.training.vectors import Vector
 
 
 def choices(states: int, actions: int) -> Spec:
@@ -91,6 +93,28 @@ def assert_gradients(
         assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5, abs=1e-6) and abs(slope) > 1e-3
 
 
+def assert_by_hand(algorithm: Algorithm, batch: Batch) -> bool:
+    """In float64: what an algorithm sets by hand is what autograd finds. Gives whether it does so in all phases."""
+    n, found_all = len(batch.key), True
+    for phase, prefixes in algorithm.needs.groups.items():
+        own = [p for key, p in algorithm.named_parameters() if key.startswith(prefixes) and p.requires_grad]
+        vector, loss = Vector(own), algorithm(batch, phase)
+        (sum(loss.terms.values()) / n).backward(inputs=own)  # type: ignore[union-attr]
+        wanted = vector.gradient.clone()
+        for p in own:
+            p.grad.fill_(math.nan)  # type: ignore[union-attr]  # each has to be set
+        with torch.no_grad():
+            found = algorithm.by_hand(batch, phase, n)
+        if found is None:
+            found_all = False
+            continue
+        assert torch.allclose(vector.gradient, wanted, rtol=1e-10, atol=1e-12) and wanted.abs().max() > 1e-3
+        assert found.entries == loss.entries and list(found.terms) == list(loss.terms)
+        for ours, theirs in ((found.terms, loss.terms), (found.metrics, loss.metrics)):
+            assert all(torch.allclose(ours[key], theirs[key], rtol=1e-10, atol=1e-10) for key in theirs)
+    return found_all
+
+
 @pytest.fixture(scope="session")
 def small() -> SimpleNamespace:
     return SimpleNamespace(
@@ -101,4 +125,5 @@ def small() -> SimpleNamespace:
         random_batch=random_batch,
         state_of=state_of,
         assert_gradients=assert_gradients,
+        assert_by_hand=assert_by_hand,
     )

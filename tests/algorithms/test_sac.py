@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from offline_cai.data.trajectories import Trajectories
 from offline_cai.environments.make import env_spec, make
 from offline_cai.errors import UserError
 from offline_cai.inference.tabular import MDP, policy_iteration
+from offline_cai.policies.networks import Critic
 from offline_cai.training import experiment
 from offline_cai.training.experiment import TrainingConfig
 from offline_cai.training.state import TrainingState
@@ -36,12 +38,12 @@ def transitions(obs: Tensor, action: Tensor, reward: Tensor, after: Tensor, step
     return Batch(two, action[:, None, None], reward[:, None], end, one, reward[:, None], None, key)
 
 
-def train(sac: SAC, batches: Callable[[int], Batch], steps: int, phase: str | None = None, **training: Any) -> None:
-    """As the loop does, or only one phase."""
+def train(sac: SAC, batches: Callable[[int], Batch], steps: int, **training: Any) -> None:
+    """As the loop does."""
     state = TrainingState(sac, TrainingConfig(steps=steps, ema=0, clip=None, **training), Accelerator(cpu=True))
     for step in range(steps):
         state.set_learning_rates(step)
-        state(batches(step), phase) if phase else sac.update(batches(step), state)
+        sac.update(batches(step), state)
 
 
 # Choices: a tabular MDP ----------------------------------------------------------------------------------------------
@@ -100,11 +102,11 @@ def test_targets_are_the_tabular_backup(form: Any, float64: None) -> None:
 # A bandit with two overlapping modes ---------------------------------------------------------------------------------
 
 
-class Exact(nn.Module):
-    """A critic that knows the reward of an action; the parameter is for an optimiser that wants one."""
+class Exact(Critic):
+    """A critic that knows the reward of an action; the parameter is for the optimiser, which wants one."""
 
     def __init__(self, reward: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.reward, self.unused = reward, nn.Parameter(torch.zeros(1))
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -120,10 +122,10 @@ def learned(**config: Any) -> SAC:
     """The actor alone, on a reward of log_modes."""
     torch.manual_seed(0)
     sac = SAC(BANDIT, SACConfig(hidden=(), **config))
-    sac.critic = Exact(log_modes)  # type: ignore[assignment]
+    sac.critic = sac.target = Exact(log_modes)  # type: ignore[assignment]
     sac.by_hand = lambda *_: None  # type: ignore[method-assign]  # it has no layers to go back through
     obs = torch.zeros(1024, 1)
-    train(sac, lambda step: transitions(obs, obs, obs[:, 0], obs, step), 600, "actor", learning_rate=0.05)
+    train(sac, lambda step: transitions(obs, obs, obs[:, 0], obs, step), 600, learning_rate=0.05)
     return sac
 
 
@@ -213,31 +215,28 @@ def test_it_approaches_the_riccati_policy_of_a_discounted_linear_system() -> Non
 
 @pytest.mark.parametrize("form", ["twin", "value"])
 @pytest.mark.parametrize("action", [Box((-1.0, -2.0), (1.0, 2.0)), Discrete((3,), (0,))])
-def test_gradients_are_those_of_finite_differences(form: Any, action: Box | Discrete, float64: None) -> None:
+def test_gradients_are_those_of_finite_differences(
+    form: Any, action: Box | Discrete, small: SimpleNamespace, float64: None
+) -> None:
+    """Each network's are those of its own loss: in those of the others it counts as a constant."""
     spec = Spec((Field("state", 3),), action)
     torch.manual_seed(0)
-    sac = SAC(spec, SACConfig(form=form, hidden=(8,), temperature=0.3)).double()
-    rng = torch.Generator().manual_seed(0)
-    choices = torch.randint(0, 3, (6, 1), generator=rng).double()
-    taken = choices if isinstance(action, Discrete) else torch.rand(6, 2, generator=rng) - 0.5
-    obs, after = torch.randn(2, 6, 3, generator=rng)
-    batch = transitions(obs, taken, torch.randn(6, generator=rng), after, 0)
-    named = dict(sac.named_parameters())
-    for phase, prefixes in sac.needs.groups.items():
-        group = [p for name, p in named.items() if name.startswith(prefixes) and p.requires_grad]
-        direction = [torch.randn(p.shape, generator=rng) for p in group]
+    sac = SAC(spec, SACConfig(form=form, hidden=(8,))).double()
+    batch = small.random_batch(spec, 6)
+    terms = {"critic": "critic_loss", "actor": "actor_loss", "dial": "temperature_loss", "value": "value_loss"}
+    for network in ("critic", "actor", "dial", *(["value"] if form == "value" else [])):
+        small.assert_gradients(sac, batch, "all", f"{network}.", term=terms[network])
 
-        def loss(shift: float, group: Any = group, direction: Any = direction, phase: str = phase) -> Tensor:
-            with torch.no_grad():
-                for p, d in zip(group, direction, strict=True):
-                    p.add_(shift * d)
-            return sum(sac(batch, phase).terms.values())  # type: ignore[return-value]
 
-        gradient = torch.autograd.grad(loss(0.0), group)
-        slope = sum(float((g * d).sum()) for g, d in zip(gradient, direction, strict=True))
-        high, low = loss(1e-6).item(), loss(-2e-6).item()
-        loss(1e-6)
-        assert slope == pytest.approx((high - low) / 2e-6, rel=1e-5), phase
+@pytest.mark.parametrize("hidden", [(), (16,), (16, 8)])
+@pytest.mark.parametrize("form", ["twin", "value"])
+def test_gradients_are_the_same_by_hand(
+    form: Any, hidden: tuple[int, ...], small: SimpleNamespace, float64: None
+) -> None:
+    spec = small.box(3, 2)
+    torch.manual_seed(0)
+    sac = SAC(spec, SACConfig(form=form, hidden=hidden)).double()
+    assert small.assert_by_hand(sac, small.random_batch(spec, 12))
 
 
 def test_it_starts_from_offline_data(tmp_path: Path) -> None:
