@@ -2,7 +2,8 @@
 
 Over 20,000 transitions of a run's dataset: how Q of the data's actions, V and the advantage Q - V go with the return of
 the episode, and with what was earned from there on. An advantage that knows which actions were good goes with what was
-earned less V. The last line is one JSON object.
+earned less V. And how many times the weight of the worse half of the episodes the better half gets from IQL: in their
+first step, in the twenty after it, and later. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from offline_cai import commands, seeding
 from offline_cai.algorithms.iql import IQL
 from offline_cai.algorithms.kl_actor import KLActor
 from offline_cai.data import catalogue
+from offline_cai.data.trajectories import Trajectories
 from offline_cai.data.windows import Windows
 
 COUNT = 20_000
@@ -47,6 +49,25 @@ def facts(run: Path) -> dict[str, Any]:
         found |= {"V, episode": correlation(v, episode), "A, episode": correlation(q - v, episode)}
         found |= {"A, earned - V": correlation(q - v, earned - v)}
         found |= {"deviation of A": float((q - v).std()), "deviation of earned - V": float((earned - v).std())}
+        found |= preferences(algorithm, data)
+    return found
+
+
+@torch.no_grad()
+def preferences(algorithm: IQL, data: Trajectories) -> dict[str, float]:
+    """Weight of the better half of the episodes over that of the worse half, in parts of their time."""
+    windows, found = Windows(data, 1, 1, algorithm.config.discount, False), {}
+    episode = np.searchsorted(data.offsets, windows.starts, side="right") - 1
+    time, better = windows.starts - data.offsets[episode], data.returns[episode] > np.median(data.returns)
+    for name, low, high in (("first step", 0, 1), ("steps 1 to 20", 1, 21), ("later", 21, 1 << 40)):
+        at, sums = np.flatnonzero((time >= low) & (time < high)), {}
+        at = at[:: -(-len(at) // COUNT)]
+        batch = windows.gather(windows.starts[at], seeding.keys(0, 0, torch.arange(len(at))))
+        obs, action = algorithm.now(batch)
+        weight = algorithm.projection.weights(algorithm.advantage(algorithm.least(obs, action) - algorithm.value(obs)))
+        for half in (True, False):
+            sums[half] = float(weight[torch.from_numpy(better[at] == half)].mean())
+        found[f"better / worse, {name}"] = sums[True] / sums[False]
     return found
 
 
