@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export MPLBACKEND := Agg
 
 .PHONY: help demo test lint format soak wheel clean bench bench-exactness bench-denoisers bench-data bench-processes \
-  bench-guidance-hopper bench-updates bench-planning bench-maze bench-scoreboards
+  bench-guidance-hopper bench-updates bench-peer-sac bench-planning bench-maze bench-scoreboards
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -40,7 +40,7 @@ soak: $(READY)  ## Kill, damage and stop trainings, and compare what is resumed 
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak.py
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/soak_environments.py
 
-bench: bench-exactness bench-denoisers bench-data bench-processes bench-updates bench-guidance-hopper bench-planning bench-maze bench-scoreboards  ## All benchmarks
+bench: bench-exactness bench-denoisers bench-data bench-processes bench-updates bench-peer-sac bench-guidance-hopper bench-planning bench-maze bench-scoreboards  ## All benchmarks
 
 bench-exactness: $(READY)  ## Exactness of the inference core, and of guided sampling against it
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_exactness.py
@@ -57,6 +57,10 @@ bench-processes: $(READY)  ## What sharing a step between two processes costs
 bench-updates: $(READY)  ## Updates of SAC and IQL next to Stable-Baselines3's (which it installs)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_updates.py
+
+bench-peer-sac: $(READY)  ## What Stable-Baselines3's SAC learns, beside our scoreboard (an hour; goes on where it was)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_peer_sac.py
 
 bench-planning: $(READY)  ## Maze plans and their training next to the original Diffuser's (an hour; goes on where it was)
 	@OMP_NUM_THREADS=1 $(BIN)/python eval/bench_planning.py
