@@ -60,14 +60,15 @@ def preferences(algorithm: IQL, data: Trajectories) -> dict[str, float]:
     episode = np.searchsorted(data.offsets, windows.starts, side="right") - 1
     time, better = windows.starts - data.offsets[episode], data.returns[episode] > np.median(data.returns)
     for name, low, high in (("first step", 0, 1), ("steps 1 to 20", 1, 21), ("later", 21, 1 << 40)):
-        at, sums = np.flatnonzero((time >= low) & (time < high)), {}
-        at = at[:: -(-len(at) // COUNT)]
+        at = np.flatnonzero((time >= low) & (time < high))
+        at = at[:: max(1, -(-len(at) // COUNT))]
+        good = torch.from_numpy(better[at])
+        if good.all() or not good.any():
+            continue  # no episode is as long, or all are alike
         batch = windows.gather(windows.starts[at], seeding.keys(0, 0, torch.arange(len(at))))
         obs, action = algorithm.now(batch)
         weight = algorithm.projection.weights(algorithm.advantage(algorithm.least(obs, action) - algorithm.value(obs)))
-        for half in (True, False):
-            sums[half] = float(weight[torch.from_numpy(better[at] == half)].mean())
-        found[f"better / worse, {name}"] = sums[True] / sums[False]
+        found[f"better / worse, {name}"] = float(weight[good].mean() / weight[~good].mean())
     return found
 
 

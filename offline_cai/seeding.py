@@ -95,10 +95,15 @@ def _hash(keys: _Words, counter: _Words, stream: int) -> _Words:
     return _down(_mix(_mix(keys + (_signed(own) if isinstance(keys, Tensor) else own))[:, None] + counter * golden), 11)
 
 
+def _by_numpy(keys: Tensor) -> bool:
+    """On the CPU, where its small operations cost less than torch's; a compiler has to see those."""
+    return keys.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def uniform(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0) -> Tensor:
     """Uniform draws in (0, 1): float64 [B, *shape], one row per key; equal arguments give equal draws."""
     count = math.prod(shape)
-    if keys.device.type == "cpu":
+    if _by_numpy(keys):
         u = torch.from_numpy(_uniform(keys.numpy(), count, stream))
     else:
         counter = torch.arange(1, count + 1, device=keys.device)
@@ -107,7 +112,7 @@ def uniform(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0) -> Tenso
 
 
 def _uniform(keys: np.ndarray, count: int, stream: int) -> np.ndarray:
-    """By NumPy, whose small operations cost less than torch's: float64 [B, count]."""
+    """float64 [B, count]."""
     u = _hash(keys.view(np.uint64), np.arange(1, count + 1, dtype=np.uint64), stream).astype(np.float64)
     u += 0.5
     u *= 2.0**-53
@@ -116,7 +121,7 @@ def _uniform(keys: np.ndarray, count: int, stream: int) -> np.ndarray:
 
 def normal(keys: Tensor, shape: tuple[int, ...] = (), stream: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal draws [B, *shape], one row per key, by the Box-Muller transform. Streams are independent."""
-    if keys.device.type == "cpu":
+    if _by_numpy(keys):
         count = math.prod(shape)
         one, two = _uniform(keys.numpy(), 2 * count, stream).reshape(len(keys), 2, count).swapaxes(0, 1)
         z = np.log(one)

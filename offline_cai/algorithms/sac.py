@@ -110,10 +110,11 @@ class SAC(ActorAlgorithm):
             return None
         n, width, temperature = len(batch.key), self.spec.action_width, float(self.dial.temperature)
         both = self.normaliser.encode(batch.obs[:, :2]).transpose(0, 1).reshape(2 * n, -1)  # s, then s'
-        actor = by_hand.run(self.actor.body, both)
-        noise = torch.cat([seeding.normal(batch.key, (width,), stream, both.dtype) for stream in (NOW, NEXT)])
+        asked, streams = (both, (NOW, NEXT)) if isinstance(self.target, Critic) else (both[:n], (NOW,))
+        actor = by_hand.run(self.actor.body, asked)
+        noise = torch.cat([seeding.normal(batch.key, (width,), stream, both.dtype) for stream in streams])
         draw = by_hand.squash(actor.out, noise)
-        drawn = torch.cat([both, draw.action], -1)
+        drawn = torch.cat([asked, draw.action], -1)
         if isinstance(self.target, Critic):
             value = torch.minimum(*(q(drawn[n:]) for q in self.target.each))[:, 0] - temperature * draw.log_prob[n:]
         else:

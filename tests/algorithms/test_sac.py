@@ -229,13 +229,14 @@ def test_gradients_are_those_of_finite_differences(
 
 
 @pytest.mark.parametrize("hidden", [(), (16,), (16, 8)])
+@pytest.mark.parametrize("temperature", ["auto", 0.3])
 @pytest.mark.parametrize("form", ["twin", "value"])
-def test_gradients_are_the_same_by_hand(
-    form: Any, hidden: tuple[int, ...], small: SimpleNamespace, float64: None
+def test_gradients_by_hand_are_the_same(
+    form: Any, temperature: Any, hidden: tuple[int, ...], small: SimpleNamespace, float64: None
 ) -> None:
     spec = small.box(3, 2)
     torch.manual_seed(0)
-    sac = SAC(spec, SACConfig(form=form, hidden=hidden)).double()
+    sac = SAC(spec, SACConfig(form=form, hidden=hidden, temperature=temperature)).double()
     assert small.assert_by_hand(sac, small.random_batch(spec, 12))
 
 

@@ -125,10 +125,11 @@ def test_a_precision_that_the_device_lacks_is_said_and_not_used() -> None:
     assert processes.describe(config, accelerator).endswith("; no fp16 there, so in float32")
 
 
-def test_the_compiled_loss_is_the_same_loss(store: Trajectories, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as for a compilation, but run by the ordinary kernels, which saves most of a minute."""
+@pytest.mark.parametrize("name", ["bc", "sac"])
+def test_the_compiled_loss_is_the_same_loss(name: str, store: Trajectories, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a compilation, but run by the ordinary kernels, which saves most of a minute; noise included."""
     traced = functools.partial(torch.compile, backend="eager")
-    plain, calls = updated("bc", store), []
+    plain, calls = updated(name, store), []
     monkeypatch.setattr(torch, "compile", lambda module: calls.append(module) or traced(module))
-    compiled = updated("bc", store, compile=True)
+    compiled = updated(name, store, compile=True)
     assert len(calls) == 1 and all(torch.allclose(value, compiled[key], atol=1e-9) for key, value in plain.items())
